@@ -1,0 +1,1 @@
+"""Values that every layer shares. No I/O, no imports from other layers."""
