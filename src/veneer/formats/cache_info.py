@@ -76,7 +76,7 @@ def write_cache_info(info: CacheInfo) -> bytes:
 def _store_dir(text: str) -> str:
     if not text.startswith("/") or not text.isprintable():
         raise FormatError(f"StoreDir is not an absolute path: {text[:200]!r}", where=_WHERE)
-    return text if text == "/" else text.rstrip("/")
+    return text.rstrip("/") or "/"
 
 
 def _priority(text: str | None) -> int:

@@ -67,7 +67,7 @@ class Hash:
             raise FormatError(f"not a hash: {text[:100]!r}", where="hash")
         if not sri and len(rest) == size * 2:
             try:
-                return cls(algorithm, bytes.fromhex(rest))
+                return cls(algorithm, binascii.unhexlify(rest))  # bytes.fromhex would skip spaces
             except ValueError as error:
                 raise FormatError(f"not a hexadecimal hash: {text[:200]!r}", where="hash") from error
         if not sri and len(rest) == (size * 8 + 4) // 5:
