@@ -1,0 +1,42 @@
+"""The only place that builds the daemon's object graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from veneer.cache.cache import Cache
+from veneer.sources.base import Source
+from veneer.sources.chain import SourceChain
+from veneer.sources.object_store import ObjectStoreSource
+from veneer.sources.options import SourceOptions, parse_source_url
+from veneer.store.remembered import RememberedSource
+from veneer.store.store import Limits, Notices, Store
+from veneer.store.views import View, ViewConfig, open_view
+
+Clock = Callable[[], float]
+
+
+def open_cache(root: Path, clock: Clock, *, max_bytes: int | None, shared: bool) -> Cache:
+    return Cache.open(root, clock=clock, max_bytes=max_bytes, shared=shared)
+
+
+def build_store(cache: Cache, clock: Clock, notices: Notices, limits: Limits) -> Store:
+    return Store(cache, clock, notices, limits)
+
+
+def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
+    """A view's sources, each behind the cache's memory. FormatError, UsageError: the configuration is wrong."""
+    netrc = Path(config.netrc) if config.netrc else None
+    ca_file = Path(config.ca_file) if config.ca_file else None
+    options = SourceOptions(netrc=netrc, ca_file=ca_file, store_dir=config.store_dir)
+
+    def make_source(url: str) -> tuple[Source, bool]:
+        parsed = parse_source_url(url)
+        inner = ObjectStoreSource(parsed, options)
+        remembered = RememberedSource(
+            inner, cache.index, clock, negative_ttl=config.negative_ttl, store_dir=config.store_dir
+        )
+        return remembered, parsed.trusted
+
+    return open_view(config, make_source, lambda sources: SourceChain(sources, clock=clock))

@@ -1,0 +1,220 @@
+"""The CONTROL verbs. Each takes the request's JSON and gives the result's; see ``docs/reference`` for their fields."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+from veneer.cache.index import PathRow
+from veneer.model.errors import UsageError
+from veneer.model.path_info import PathInfo
+from veneer.model.store_path import StorePath
+from veneer.store.store import Store
+
+from .sessions import Session, Sessions
+
+Progress = Callable[[dict[str, object]], None]
+Verb = Callable[[Session, dict[str, object], Progress], Awaitable[dict[str, object]]]
+
+
+class Control:
+    """Implements ``requests.Controller``."""
+
+    def __init__(
+        self, store: Store, sessions: Sessions, clock: Callable[[], float], stop: Callable[[], None]
+    ) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._clock = clock
+        self._started = clock()
+        self._stop = stop
+        self._verbs: dict[str, Verb] = {
+            "status": self._status,
+            "fetch": self._fetch,
+            "closure": self._closure,
+            "gc": self._gc,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "pins": self._pins,
+            "report": self._report,
+            "tree": self._tree,
+            "content": self._content,
+            "stop": self._end,
+        }
+
+    async def __call__(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        verb = self._verbs.get(str(request.get("do")))
+        if verb is None:
+            raise UsageError(
+                f"no such control verb: {request.get('do')!r}", hint="use the same version of veneer"
+            )
+        return await verb(session, request, progress)
+
+    async def _status(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        totals = self._store.cache.index.totals()
+        return {
+            "pid": os.getpid(),
+            "cache": str(self._store.cache.root),
+            "generation": self._store.cache.generation.hex(),
+            "uptime_seconds": self._clock() - self._started,
+            "max_bytes": self._store.cache.max_bytes,
+            "totals": {
+                "paths": totals.paths,
+                "trees": totals.trees,
+                "nars": totals.nars,
+                "nar_bytes": totals.nar_bytes,
+                "tree_bytes": totals.tree_bytes,
+                "narinfos": totals.narinfos,
+            },
+            "downloads": [str(row.store_path) for row in self._store.fetcher.rows],
+            "connections": [
+                {"peer": s.peer, "sources": [source.url for source in s.view.chain.sources]}
+                for s in self._sessions.connected
+            ],
+            "stories": [
+                {"time": story.time, "kind": story.kind, "path": story.path, "text": story.text}
+                for story in self._store.stories.rows()
+            ],
+        }
+
+    async def _fetch(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """Have whole NARs in the cache (``contents``, the default) or only path info and trees."""
+        roots = _paths(request)
+        store, view, account = self._store, session.view, session.account
+        if request.get("closure", False):
+            infos = list((await self._resolved(session, roots, progress)).values())
+        else:
+            infos = [await store.resolver.path_info(view, path, account) for path in roots]
+        contents = bool(request.get("contents", True))
+        total = sum(info.info.nar_size for info in infos)
+        before = account.wire_bytes
+        done = moved = 0
+
+        async def one(info: PathInfo) -> PathRow:
+            if contents:
+                return await store.whole(view, info.store_path, account)
+            return await store.lookup(view, info.store_path, account)
+
+        for finished in asyncio.as_completed([one(info) for info in infos]):
+            row = await finished
+            done += 1
+            moved += row.nar_size
+            progress({"paths_done": done, "paths": len(infos), "bytes_done": moved, "bytes": total})
+        return {"paths": len(infos), "nar_bytes": total, "wire_bytes": account.wire_bytes - before}
+
+    async def _closure(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        found = await self._resolved(session, _paths(request), progress)
+        return {
+            "paths": [
+                {
+                    "path": info.store_path.basename,
+                    "nar_size": info.info.nar_size,
+                    "nar_hash": info.info.nar_hash.sri,
+                    "file_size": info.info.file_size,
+                    "references": [reference.basename for reference in info.info.references],
+                    "signed_by": list(info.signed_by),
+                }
+                for info in found.values()
+            ],
+            "nar_size": sum(info.info.nar_size for info in found.values()),
+        }
+
+    async def _resolved(
+        self, session: Session, roots: list[StorePath], progress: Progress
+    ) -> dict[StorePath, PathInfo]:
+        def told(done: int, known: int) -> None:
+            if done % 64 == 0:
+                progress({"resolved": done, "known": known})
+
+        return await self._store.closure(session.view, roots, session.account, told)
+
+    async def _gc(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        limit = request.get("max_bytes")
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise UsageError(f"max_bytes is not a size: {limit!r}")
+        gone = self._store.evict(limit, dry_run=bool(request.get("dry_run", False)))
+        return {
+            "evicted": len(gone),
+            "freed": sum(size for _, size in gone),
+            "paths": [{"path": path.basename, "bytes": size} for path, size in gone],
+        }
+
+    async def _pin(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """Pin the paths' closure under a name: its NARs are not evicted."""
+        found = await self._resolved(session, _paths(request), progress)
+        self._store.cache.index.pin(_name(request), list(found))
+        return {"pinned": len(found), "nar_size": sum(info.info.nar_size for info in found.values())}
+
+    async def _unpin(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        name = _name(request)
+        known = self._store.cache.index.pins()
+        if name not in known:
+            raise UsageError(f"no pin is named {name!r}", hint="veneer pin --list")
+        self._store.cache.index.unpin(name)
+        return {"unpinned": len(known[name])}
+
+    async def _pins(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        return {
+            "pins": {
+                name: [path.basename for path in paths]
+                for name, paths in self._store.cache.index.pins().items()
+            }
+        }
+
+    async def _report(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        return session.account.report()
+
+    async def _tree(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        row = await self._store.lookup(session.view, _path(request), session.account)
+        return {"number": row.number, "nar_size": row.nar_size}
+
+    async def _content(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        row = await self._store.whole(session.view, _path(request), session.account)
+        return {"number": row.number, "nar_size": row.nar_size}
+
+    async def _end(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        asyncio.get_running_loop().call_soon(self._stop)
+        return {"stopping": True}
+
+
+def _paths(request: dict[str, object]) -> list[StorePath]:
+    names = request.get("paths")
+    if not isinstance(names, list) or not names:
+        raise UsageError("no store paths given")
+    return [StorePath.parse(str(name)) for name in names]
+
+
+def _path(request: dict[str, object]) -> StorePath:
+    return StorePath.parse(str(request.get("path")))
+
+
+def _name(request: dict[str, object]) -> str:
+    name = request.get("name")
+    if not isinstance(name, str) or not name:
+        raise UsageError("a pin needs a name")
+    return name

@@ -1,0 +1,172 @@
+"""The daemon process: opens the cache, listens on its socket, ends on SIGTERM, SIGINT or with its last client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from veneer.cache.cache import Cache, CacheInUseError
+from veneer.formats.request_wire import SOCKET_NAME
+from veneer.store.store import Limits, Notices
+from veneer.store.views import ViewConfig
+
+from .compose import build_store, build_view, open_cache
+from .control import Control
+from .requests import RequestServer
+from .sessions import Sessions
+
+IDLE_SECONDS = 0.2
+"""How long a private daemon outlives its last client: enough for a client that reconnects."""
+FIRST_CLIENT_SECONDS = 30.0
+LOCK_SECONDS = 10.0
+FLUSH_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonSettings:
+    """``shared``: other users may connect and read. ``private``: end with the last client."""
+
+    cache_root: Path
+    max_bytes: int | None = None
+    shared: bool = False
+    private: bool = False
+    default_view: ViewConfig = field(default_factory=ViewConfig)
+    limits: Limits = field(default_factory=Limits)
+    ready: Callable[[], None] = lambda: None
+
+
+def run_daemon(settings: DaemonSettings) -> bool:
+    """Serve until told to stop. False: another daemon serves this cache already (``private`` only)."""
+    cache = _take(settings)
+    if cache is None:
+        return False
+    try:
+        asyncio.run(_serve(settings, cache))
+    finally:
+        cache.close()
+    return True
+
+
+def _take(settings: DaemonSettings) -> Cache | None:
+    """The cache, once its lock is free. A private daemon gives way to one that answers on the socket."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return open_cache(
+                settings.cache_root, time.time, max_bytes=settings.max_bytes, shared=settings.shared
+            )
+        except CacheInUseError:
+            if not settings.private or time.monotonic() > deadline:
+                raise
+        if answers(settings.cache_root / SOCKET_NAME):
+            return None
+        time.sleep(0.02)  # the other daemon starts or ends: its lock cannot be waited for without keeping it
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens on the socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            _connect(probe, path)
+        except OSError:
+            return False
+        return True
+
+
+def _connect(sock: socket.socket, path: Path) -> None:
+    """Connect through the directory's descriptor: a socket's path may not exceed 107 bytes."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        sock.connect(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
+
+
+def _listen(path: Path, shared: bool) -> socket.socket:
+    """A listening socket in place of a dead one; we hold the cache's lock, so nobody alive listens there."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with suppress(FileNotFoundError):
+            path.unlink()
+        before = os.umask(0o111 if shared else 0o177)
+        try:
+            sock.bind(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.umask(before)
+        sock.listen(256)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.close(directory)
+    return sock
+
+
+async def _serve(settings: DaemonSettings, cache: Cache) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    sessions = Sessions(lambda config: build_view(config, cache, time.time))
+    notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
+    store = build_store(cache, time.time, notices, settings.limits)
+    control = Control(store, sessions, time.time, stop.set)
+    idle = _IdleEnd(loop, stop.set) if settings.private else None
+    requests = RequestServer(
+        store,
+        sessions,
+        control,
+        settings.default_view,
+        time.time,
+        idle.connections if idle else lambda _: None,
+    )
+    sock = _listen(cache.root / SOCKET_NAME, settings.shared)
+    server = await asyncio.start_unix_server(requests.connected, sock=sock)
+    flushing = asyncio.create_task(_flush(cache))
+    settings.ready()
+    try:
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({stopping, flushing}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if flushing.done():
+            flushing.result()
+    finally:
+        flushing.cancel()
+        server.close()
+        await requests.close()
+        await store.close()
+        await sessions.close()
+        with suppress(FileNotFoundError):
+            (cache.root / SOCKET_NAME).unlink()
+
+
+async def _flush(cache: Cache) -> None:
+    """Commit what the index gathered, for ever; a failure ends the daemon with its error."""
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        cache.index.flush()
+
+
+class _IdleEnd:
+    """Ends a private daemon some time after its last client left, or when none ever came."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+        self._loop = loop
+        self._stop = stop
+        self._timer: asyncio.TimerHandle | None = loop.call_later(FIRST_CLIENT_SECONDS, stop)
+
+    def connections(self, count: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if count == 0:
+            self._timer = self._loop.call_later(IDLE_SECONDS, self._stop)

@@ -1,0 +1,85 @@
+"""What one session (a run and its helpers) looked up, waited for and moved: the figures of ``veneer run``'s report."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from veneer.model.errors import VeneerError, printable
+from veneer.model.store_path import StorePath
+
+
+@dataclass(slots=True)
+class PathCount:
+    """Bytes moved for one store path: over the wire (all its objects) and of NAR."""
+
+    wire: int = 0
+    nar: int = 0
+    requests: int = 0
+
+
+@dataclass(slots=True)
+class Account:
+    """Counters of one session. Memory: a row per store path known to the session."""
+
+    wire_bytes: int = 0
+    requests: int = 0
+    paths: dict[StorePath, PathCount] = field(default_factory=dict)
+    closure: dict[StorePath, int] = field(default_factory=dict)
+    """Every path of the closures looked up, with its NAR size."""
+
+    def meter(self, path: StorePath) -> Callable[[int], None]:
+        """A ``sources.base.Meter`` that books on ``path``; making it counts one request."""
+        count = self.paths.setdefault(path, PathCount())
+        count.requests += 1
+        self.requests += 1
+
+        def book(size: int) -> None:
+            count.wire += size
+            self.wire_bytes += size
+
+        return book
+
+    def book_metadata(self, size: int) -> None:
+        """Wire bytes of a narinfo, whose store path is not known before it arrived."""
+        self.wire_bytes += size
+
+    def report(self) -> dict[str, object]:
+        return {
+            "wire_bytes": self.wire_bytes,
+            "requests": self.requests,
+            "closure_paths": len(self.closure),
+            "closure_bytes": sum(self.closure.values()),
+            "paths": {
+                str(path): {"fetched_wire": c.wire, "fetched_nar": c.nar, "requests": c.requests}
+                for path, c in self.paths.items()
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """One failure that somebody saw or that a fall-back hid. ``time``: seconds since the epoch."""
+
+    time: float
+    kind: str
+    path: str
+    text: str
+
+
+class Stories:
+    """The newest failures, for ``veneer status``; the store's one place to put them."""
+
+    def __init__(self, clock: Callable[[], float], limit: int = 200) -> None:
+        self._clock = clock
+        self._rows: deque[Story] = deque(maxlen=limit)
+
+    def add(self, path: str, error: Exception) -> Story:
+        text = error.story() if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+        story = Story(self._clock(), type(error).__name__, printable(path), printable(text))
+        self._rows.append(story)
+        return story
+
+    def rows(self) -> list[Story]:
+        return list(self._rows)

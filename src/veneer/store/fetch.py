@@ -1,0 +1,254 @@
+"""Each NAR is moved once, however many readers wait for it.
+
+A *download* belongs to a path number. Readers wait on it for the whole NAR (``strict``) or for a prefix (``deferred``); a
+reader that goes away leaves it running for the others and for the cache. Candidates are tried in order: bad content is
+quarantined per source, a source's failure goes to the next one, and only when none is left the readers get the story.
+
+Invariants: F1: at most one download per path number. F2: bytes are announced only after they were written to the file
+that the reader will open. F3: under ``strict`` nothing is announced before ``verify.receive_nar`` accepted the whole NAR.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from veneer.cache.cache import Cache
+from veneer.cache.index import PathRow
+from veneer.cache.nars import IncomingNar, VerifiedNar
+from veneer.model.errors import CacheError, FormatError, HashMismatchError, SourceError, VeneerError
+from veneer.model.store_path import StorePath
+from veneer.model.tree import Node
+
+from .account import Account, Stories
+from .pipe import ChunkPipe
+from .resolve import Candidate
+from .verify import receive_nar
+
+QUARANTINE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Bytes [start, end) of a path's NAR may be read; ``whole``: from the final file."""
+
+    number: int
+    start: int
+    end: int
+    whole: bool
+
+
+class Download:
+    """One NAR under way. ``prefix``: bytes of the growing file that readers may have (``deferred`` only)."""
+
+    def __init__(self, row: PathRow, deferred: bool) -> None:
+        self.row = row
+        self.deferred = deferred
+        self.prefix = 0
+        self.task: asyncio.Task[int] | None = None
+        self.grew = asyncio.Event()
+
+    def announce(self, size: int) -> None:
+        """The growing file holds ``size`` bytes. Event loop only."""
+        self.prefix = size
+        self.grew.set()
+        self.grew = asyncio.Event()
+
+
+Encode = Callable[[PathRow, Node], bytes]
+"""The tree index of a path; called on a worker thread."""
+Admit = Callable[[PathRow, VerifiedNar, Node, bytes], int]
+"""Takes a verified NAR, its tree and the encoded tree into the cache; the path number it now has."""
+
+
+class Fetcher:
+    """Downloads of one daemon. Event loop only, except where said."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        stories: Stories,
+        clock: Callable[[], float],
+        encode: Encode,
+        admit: Admit,
+        condemn: Callable[[PathRow, VeneerError], None],
+        *,
+        parallel: int,
+    ) -> None:
+        self._cache = cache
+        self._condemn = condemn
+        self._stories = stories
+        self._clock = clock
+        self._encode = encode
+        self._admit = admit
+        self._downloads: dict[int, Download] = {}
+        self._slots = asyncio.Semaphore(parallel)
+        self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="nar")
+
+    @property
+    def busy(self) -> set[int]:
+        """Path numbers being written; eviction leaves them alone."""
+        return set(self._downloads)
+
+    @property
+    def rows(self) -> list[PathRow]:
+        """What is being downloaded."""
+        return [download.row for download in self._downloads.values()]
+
+    async def close(self) -> None:
+        """Cancel everything and wait for the threads."""
+        tasks = [d.task for d in self._downloads.values() if d.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def start(
+        self,
+        row: PathRow,
+        candidates: Callable[[], AsyncIterator[Candidate]],
+        account: Account,
+        *,
+        deferred: bool,
+    ) -> Download:
+        """The path's download, begun if there is none (F1)."""
+        download = self._downloads.get(row.number)
+        if download is None:
+            download = Download(row, deferred)
+            self._downloads[row.number] = download
+            download.task = asyncio.create_task(
+                self._run(download, candidates, account), name=f"fetch {row.store_path}"
+            )
+            download.task.add_done_callback(lambda task: self._done(download, task))
+        return download
+
+    async def whole(self, download: Download) -> int:
+        """Wait for the end; the path number under which the verified NAR lies. Cancelling leaves it running."""
+        assert download.task is not None
+        return await asyncio.shield(download.task)
+
+    async def part(self, download: Download, offset: int, size: int) -> Ready:
+        """Wait until [offset, offset + size) may be read."""
+        task = download.task
+        assert task is not None
+        end = min(offset + size, download.row.nar_size)
+        while download.deferred and not task.done() and download.prefix < end:
+            grew = asyncio.create_task(download.grew.wait())
+            try:
+                await asyncio.wait({grew, task}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                grew.cancel()
+        if download.deferred and not task.done():
+            return Ready(download.row.number, 0, download.prefix, whole=False)
+        number = await asyncio.shield(task)
+        return Ready(number, 0, download.row.nar_size, whole=True)
+
+    async def _run(
+        self, download: Download, candidates: Callable[[], AsyncIterator[Candidate]], account: Account
+    ) -> int:
+        row = download.row
+        failures: list[Exception] = []
+        async with self._slots:
+            async for candidate in candidates():
+                if candidate.info.info.nar_hash != row.nar_hash:
+                    continue
+                url = candidate.source.url
+                reason = self._cache.index.quarantined(row.store_path, row.nar_hash, url, self._clock())
+                if reason is not None:
+                    failures.append(HashMismatchError(f"quarantined: {reason}", where=url))
+                    continue
+                try:
+                    return await self._from(download, candidate, account)
+                except (FormatError, HashMismatchError) as error:
+                    self._quarantine(row, url, error)
+                    failures.append(error)
+                    if download.prefix:  # readers have seen bad bytes under this number: it must not live on
+                        self._condemn(row, error)
+                        break
+                except SourceError as error:
+                    failures.append(error)
+                self._stories.add(str(row.store_path), failures[-1])
+        raise _story(row.store_path, failures)
+
+    async def _from(self, download: Download, candidate: Candidate, account: Account) -> int:
+        """One attempt, with one more after making room when the disk is full."""
+        try:
+            return await self._attempt(download, candidate, account)
+        except CacheError as error:
+            if not error.disk_full or not self._cache.evict(need=download.row.nar_size):
+                raise
+        return await self._attempt(download, candidate, account)
+
+    async def _attempt(self, download: Download, candidate: Candidate, account: Account) -> int:
+        row, loop = download.row, asyncio.get_running_loop()
+        nars = self._cache.nars
+        incoming = nars.partial(row.number) if download.deferred else nars.incoming(row.number)
+        pipe = ChunkPipe()
+
+        def progress(size: int) -> None:  # worker thread
+            if download.deferred:
+                loop.call_soon_threadsafe(download.announce, size)
+
+        def receive() -> tuple[VerifiedNar, Node, bytes]:  # worker thread
+            try:
+                verified, tree = receive_nar(
+                    candidate.info, pipe, incoming, progress, where=candidate.source.url
+                )
+                return verified, tree, self._encode(row, tree)
+            finally:
+                pipe.abandon()
+
+        receiving = loop.run_in_executor(self._threads, receive)
+        try:
+            meter = account.meter(row.store_path)
+            count = account.paths[row.store_path]
+            try:
+                async for chunk in candidate.source.nar(candidate.info.info, meter):
+                    if not await pipe.put(chunk):
+                        break
+                pipe.end()
+            except BaseException as error:
+                pipe.fail(error)
+                if not isinstance(error, Exception):
+                    raise
+            verified, tree, encoded = await receiving
+        except BaseException:
+            await self._settle(receiving)
+            self._discard(incoming)
+            raise
+        count.nar += verified.nar_size
+        return self._admit(row, verified, tree, encoded)
+
+    async def _settle(self, receiving: asyncio.Future[tuple[VerifiedNar, Node, bytes]]) -> None:
+        """The thread has let go of the file; its error was raised by whoever awaited it first."""
+        await asyncio.wait({receiving})
+        if not receiving.cancelled():
+            receiving.exception()
+
+    def _discard(self, incoming: IncomingNar) -> None:
+        try:
+            incoming.discard()
+        except CacheError as error:
+            self._stories.add("", error)
+
+    def _quarantine(self, row: PathRow, url: str, error: VeneerError) -> None:
+        now = self._clock()
+        self._cache.index.quarantine(row.number, error.story(), url, now + QUARANTINE_SECONDS, now)
+
+    def _done(self, download: Download, task: asyncio.Task[int]) -> None:
+        del self._downloads[download.row.number]
+        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
+            self._stories.add(str(download.row.store_path), error)
+
+
+def _story(path: StorePath, failures: list[Exception]) -> VeneerError:
+    """One error that tells what each source did."""
+    if not failures:
+        return SourceError(f"no source has the content of {path} any more", hint="veneer status")
+    if len(failures) == 1 and isinstance(failures[0], VeneerError):
+        return failures[0]
+    told = "; ".join(f.story() if isinstance(f, VeneerError) else repr(f) for f in failures)
+    kind = next((type(f) for f in failures if isinstance(f, VeneerError)), SourceError)
+    return kind(f"no source gave the content of {path}: {told}", hint="veneer status")

@@ -1,0 +1,121 @@
+"""From a store path's name to path info that a view trusts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from veneer.model.errors import NotFoundError, SourceError, VeneerError
+from veneer.model.path_info import PathInfo, UnverifiedPathInfo
+from veneer.model.store_path import StorePath
+from veneer.sources.base import Source
+
+from .account import Account, Stories
+from .remembered import RememberedSource
+from .verify import verify_path_info
+from .views import View
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A source that has a path, and its trusted word about it."""
+
+    source: Source
+    info: PathInfo
+
+
+class AbsentError(NotFoundError):
+    """Every source answered that it has no such path. ``seconds``: for how long nobody has to be asked again."""
+
+    def __init__(self, path: StorePath, seconds: float) -> None:
+        super().__init__(f"no source has {path}")
+        self.seconds = seconds
+
+
+class Resolver:
+    """Asks a view's sources in order. Failures that a later source makes up for go to ``stories``."""
+
+    def __init__(self, stories: Stories) -> None:
+        self._stories = stories
+
+    async def candidates(
+        self, view: View, path: StorePath, account: Account
+    ) -> AsyncGenerator[Candidate, None]:
+        """The sources that have ``path``, best first, each checked by the view's policy.
+
+        After the last one: AbsentError when none had it and all answered; otherwise the first failure, if there was no
+        candidate at all. A narinfo for another name with the same hash part counts as absent.
+        """
+        given = False
+        failures: list[Exception] = []
+        try:
+            async for source, unverified in self._answers(view, path, account, failures):
+                if unverified.store_path != path:
+                    continue
+                try:
+                    info = verify_path_info(
+                        view.policy,
+                        unverified,
+                        source_url=source.url,
+                        source_trusted=source.url in view.trusted,
+                    )
+                except VeneerError as error:
+                    failures.append(error)
+                    continue
+                given = True
+                yield Candidate(source, info)
+        finally:
+            for failure in failures:
+                self._stories.add(str(path), failure)
+        if given:
+            return
+        if failures:
+            raise _worst(failures)
+        raise AbsentError(path, view.negative_ttl)
+
+    async def best(self, view: View, path: StorePath, account: Account) -> Candidate:
+        """The first candidate."""
+        async with aclosing(self.candidates(view, path, account)) as candidates:
+            async for candidate in candidates:
+                return candidate
+        raise AbsentError(path, view.negative_ttl)
+
+    async def path_info(self, view: View, path: StorePath, account: Account) -> PathInfo:
+        """The best candidate's path info."""
+        return (await self.best(view, path, account)).info
+
+    async def _answers(
+        self, view: View, path: StorePath, account: Account, failures: list[Exception]
+    ) -> AsyncGenerator[tuple[Source, UnverifiedPathInfo], None]:
+        """Answers from memory as long as the order allows it, then from the sources."""
+        done: set[str] = set()
+        hash_part = path.hash_part
+        for source in view.chain.sources:
+            known = source.recall(hash_part) if isinstance(source, RememberedSource) else None
+            if known is None:
+                break
+            done.add(source.url)
+            if isinstance(known, UnverifiedPathInfo):
+                yield source, known
+        if len(done) == len(view.chain.sources):
+            return
+        answers = view.chain.path_infos(hash_part, account.book_metadata)
+        async for source, info in answers:
+            if source.url not in done:
+                done.add(source.url)
+                yield source, info
+        failures.extend(answers.failures)
+        for source in view.chain.sources:
+            if source.url not in done and isinstance(source, RememberedSource):
+                known = source.recall(hash_part)
+                if isinstance(known, UnverifiedPathInfo):
+                    yield source, known
+
+
+def _worst(failures: list[Exception]) -> Exception:
+    """What to tell when nothing worked: a broken promise of trust before a source that could not be reached."""
+    for failure in failures:
+        if isinstance(failure, VeneerError) and not isinstance(failure, SourceError):
+            return failure
+    return failures[0]

@@ -1,0 +1,304 @@
+"""The store as the daemon sees it: names become path numbers with published trees, path numbers become readable bytes.
+
+Invariants: S1: a path number is given out only after its tree file was renamed into place. S2: a listing only ever gives
+metadata; when the NAR arrives the tree made from it must be byte for byte the published one, otherwise the number is
+condemned and the path lives on under a new one. S3: nothing is served in a view whose policy refuses the path info.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from veneer.cache.cache import Cache
+from veneer.cache.index import NarState, PathRow, TreeState
+from veneer.cache.nars import VerifiedNar
+from veneer.formats.listing import parse_listing
+from veneer.formats.tree_index import encode_tree
+from veneer.model.errors import FormatError, HashMismatchError, NotFoundError, SourceError, VeneerError
+from veneer.model.path_info import PathInfo
+from veneer.model.store_path import StorePath
+from veneer.model.tree import Node
+
+from .account import Account, Stories
+from .closure import PARALLEL_REQUESTS, resolve_closure
+from .fetch import Download, Fetcher, Ready
+from .resolve import Candidate, Resolver
+from .views import View
+
+PREFETCHED_LISTINGS = 64
+"""Listings of a looked-up path's direct references that are fetched ahead, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the store's appetite."""
+
+    parallel_requests: int = PARALLEL_REQUESTS
+    parallel_downloads: int = 8
+    prefetch: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Notices:
+    """Whom to tell. ``dropped(number)``: a NAR file was unlinked. ``condemned(number, path)``: a number is dead."""
+
+    dropped: Callable[[int], None]
+    condemned: Callable[[int, StorePath], None]
+    present: Callable[[StorePath], None]
+
+
+class Store:
+    """One per daemon; event loop only."""
+
+    def __init__(self, cache: Cache, clock: Callable[[], float], notices: Notices, limits: Limits) -> None:
+        self.cache = cache
+        self.stories = Stories(clock)
+        self._clock = clock
+        self._notices = notices
+        self._limits = limits
+        self.resolver = Resolver(self.stories)
+        self.fetcher = Fetcher(
+            cache,
+            self.stories,
+            clock,
+            self._encoded,
+            self._admit,
+            self._condemn,
+            parallel=limits.parallel_downloads,
+        )
+        self._trees: dict[int, asyncio.Task[bool]] = {}
+        self._background: dict[tuple[str, StorePath], asyncio.Task[None]] = {}
+        self._ahead = asyncio.Semaphore(8)
+
+    async def close(self) -> None:
+        """End everything under way."""
+        tasks: list[asyncio.Task[bool] | asyncio.Task[None]] = [
+            *self._trees.values(),
+            *self._background.values(),
+        ]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.fetcher.close()
+
+    async def lookup(self, view: View, path: StorePath, account: Account) -> PathRow:
+        """The path's row, its tree published (S1). AbsentError when every source answered no."""
+        info = await self.resolver.path_info(view, path, account)
+        self._notices.present(path)
+        row = await self._published(view, info, account)
+        account.closure.setdefault(path, info.info.nar_size)
+        if self._limits.prefetch:
+            self._prefetch(view, info, account)
+        return row
+
+    async def tree(self, view: View, number: int, account: Account) -> int:
+        """Publish the tree of a known number again (its file was lost)."""
+        row = self._row(number)
+        info = await self.resolver.path_info(view, row.store_path, account)
+        again = await self._published(view, info, account)
+        if again.number != number:
+            raise HashMismatchError(
+                f"{row.store_path} was replaced since it was opened", hint="open it again"
+            )
+        return number
+
+    async def content(self, view: View, number: int, offset: int, size: int, account: Account) -> Ready:
+        """Wait until bytes [offset, offset + size) of the NAR may be read from the cache."""
+        row = self._row(number)
+        if row.nar == NarState.WHOLE and self.cache.nars.has(number):
+            self.cache.index.touch([(number, self._clock())])
+            return Ready(number, 0, row.nar_size, whole=True)
+        download = await self._download(view, row, account)
+        ready = await self.fetcher.part(download, offset, size)
+        if ready.number != number:
+            raise HashMismatchError(
+                f"the listing of {row.store_path} was not that of its NAR", hint="open it again"
+            )
+        return ready
+
+    async def whole(self, view: View, path: StorePath, account: Account) -> PathRow:
+        """Have the whole NAR of ``path`` in the cache."""
+        info = await self.resolver.path_info(view, path, account)
+        row = self._row_of(info)
+        if row.nar == NarState.WHOLE and self.cache.nars.has(row.number):
+            self.cache.index.touch([(row.number, self._clock())])
+            return row
+        return self._row(await self.fetcher.whole(await self._download(view, row, account)))
+
+    async def closure(
+        self,
+        view: View,
+        roots: Iterable[StorePath],
+        account: Account,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[StorePath, PathInfo]:
+        """Path info of the roots' whole closure."""
+        found = await resolve_closure(
+            self.resolver, view, roots, account, parallel=self._limits.parallel_requests, progress=progress
+        )
+        for path, info in found.items():
+            account.closure.setdefault(path, info.info.nar_size)
+        return found
+
+    def evict(self, max_bytes: int | None = None, *, dry_run: bool = False) -> list[tuple[StorePath, int]]:
+        """Make room; returns what went (or would go) with its bytes. Open readers keep what they have."""
+        gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run)
+        if not dry_run:
+            for evicted in gone:
+                self._notices.dropped(evicted.number)
+        return [(evicted.store_path, evicted.size) for evicted in gone]
+
+    def _row(self, number: int) -> PathRow:
+        row = self.cache.index.path(number)
+        if row is None:
+            raise NotFoundError(f"path number {number:x} is not of this cache", where=str(self.cache.root))
+        if row.quarantined:
+            raise HashMismatchError(
+                f"{row.store_path} is quarantined under this number", hint="open it again"
+            )
+        return row
+
+    def _row_of(self, info: PathInfo) -> PathRow:
+        unverified = info.info
+        row = self.cache.index.path_of(unverified.store_path, unverified.nar_hash)
+        if row is None:
+            row = self.cache.index.add_path(
+                unverified.store_path, unverified.nar_hash, unverified.nar_size, self._clock()
+            )
+        return row
+
+    def _candidates(
+        self, view: View, path: StorePath, account: Account
+    ) -> Callable[[], AsyncIterator[Candidate]]:
+        return lambda: self.resolver.candidates(view, path, account)
+
+    async def _download(self, view: View, row: PathRow, account: Account) -> Download:
+        best = await self.resolver.best(view, row.store_path, account)
+        if best.info.info.nar_hash != row.nar_hash:
+            raise HashMismatchError(
+                f"{row.store_path} has another NAR hash in this view's sources than when it was opened",
+                hint="open it again",
+            )
+        deferred = best.source.url in view.deferred and row.tree != TreeState.NONE
+        return self.fetcher.start(
+            row, self._candidates(view, row.store_path, account), account, deferred=deferred
+        )
+
+    async def _published(self, view: View, info: PathInfo, account: Account) -> PathRow:
+        """The row of ``info`` with a published tree: from a listing if there is one, from the NAR otherwise."""
+        row = self._row_of(info)
+        if await self._listed(view, row, account):
+            return self._row(row.number)
+        return self._row(await self.fetcher.whole(await self._download(view, row, account)))
+
+    async def _listed(self, view: View, row: PathRow, account: Account) -> bool:
+        """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
+        if row.tree != TreeState.NONE and self.cache.trees.has(row.number):
+            return True
+        task = self._trees.get(row.number)
+        if task is None:
+            task = asyncio.create_task(self._from_listing(view, row, account), name=f"tree {row.store_path}")
+            self._trees[row.number] = task
+            task.add_done_callback(lambda done: self._tree_done(row.number, done))
+        return await asyncio.shield(task)
+
+    async def _from_listing(self, view: View, row: PathRow, account: Account) -> bool:
+        hash_part = row.store_path.hash_part
+        async with aclosing(self.resolver.candidates(view, row.store_path, account)) as candidates:
+            async for candidate in candidates:
+                source = candidate.source
+                if candidate.info.info.nar_hash != row.nar_hash or self._no_listing(source.url, row):
+                    continue
+                try:
+                    data = await source.listing(hash_part, account.meter(row.store_path))
+                    if data is None:
+                        self.cache.index.put_listing_absent(source.url, hash_part, self._clock())
+                        continue
+                    node = await asyncio.to_thread(parse_listing, data, nar_size=row.nar_size)
+                    encoded = await asyncio.to_thread(self._encoded, row, node)
+                except (SourceError, FormatError) as error:
+                    self.stories.add(str(row.store_path), error)
+                    continue
+                self.cache.trees.put(row.number, [encoded])
+                self.cache.index.set_tree(row.number, TreeState.LISTED)
+                return True
+        return False
+
+    def _no_listing(self, url: str, row: PathRow) -> bool:
+        """Whether the source has no usable listing of this path: it said so, or it lied about it before."""
+        if self.cache.index.listing_absent(url, row.store_path.hash_part) is not None:
+            return True
+        return row.revision > 0
+
+    def _encoded(self, row: PathRow, node: Node) -> bytes:
+        return b"".join(
+            encode_tree(
+                node,
+                path_number=row.number,
+                generation=self.cache.generation,
+                nar_hash=row.nar_hash.digest,
+                nar_size=row.nar_size,
+            )
+        )
+
+    def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytes) -> int:
+        """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
+        row = self._row(row.number)
+        if row.tree != TreeState.NONE and self.cache.trees.has(row.number):
+            if self.cache.trees.path(row.number).read_bytes() != encoded:
+                error = HashMismatchError(f"the listing of {row.store_path} differs from its verified NAR")
+                row = self._condemn(row, error)
+                encoded = self._encoded(row, node)
+                self.cache.trees.put(row.number, [encoded])
+        else:
+            self.cache.trees.put(row.number, [encoded])
+        self.cache.nars.admit(row.number, verified)
+        self.cache.index.set_tree(row.number, TreeState.CHECKED)
+        self.cache.index.touch([(row.number, self._clock())])
+        self._make_room()
+        return row.number
+
+    def _condemn(self, row: PathRow, error: VeneerError) -> PathRow:
+        """The number is dead for good; the path gets a new one."""
+        self.stories.add(str(row.store_path), error)
+        fresh = self.cache.index.replace_path(row.number, self._clock())
+        self._notices.condemned(row.number, row.store_path)
+        return fresh
+
+    def _make_room(self) -> None:
+        for evicted in self.cache.evict(busy=self.fetcher.busy):
+            self._notices.dropped(evicted.number)
+
+    def _tree_done(self, number: int, task: asyncio.Task[bool]) -> None:
+        del self._trees[number]
+        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
+            self.stories.add(f"tree {number:x}", error)
+
+    def _prefetch(self, view: View, info: PathInfo, account: Account) -> None:
+        """Ask ahead for the closure's narinfos and the direct references' listings: they are looked up next."""
+        key = (view.identity, info.store_path)
+        if key in self._background or not info.info.references:
+            return
+        task = asyncio.create_task(self._ahead_of(view, info, account), name=f"prefetch {info.store_path}")
+        self._background[key] = task
+        task.add_done_callback(lambda done: self._prefetched(key, done))
+
+    async def _ahead_of(self, view: View, info: PathInfo, account: Account) -> None:
+        references = [r for r in info.info.references if r != info.store_path and r not in account.closure]
+        if not references:
+            return
+        async with self._ahead:
+            found = await self.closure(view, references, account)
+        if len(references) > PREFETCHED_LISTINGS:
+            return
+        for reference in references:
+            async with self._ahead:
+                await self._listed(view, self._row_of(found[reference]), account)
+
+    def _prefetched(self, key: tuple[str, StorePath], task: asyncio.Task[None]) -> None:
+        del self._background[key]
+        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
+            self.stories.add(str(key[1]), error)

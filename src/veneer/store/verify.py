@@ -1,0 +1,101 @@
+"""The only place where unverified things become verified.
+
+- ``verify_path_info``: a narinfo becomes ``PathInfo`` when a trusted key signed its fingerprint, or when the source itself
+  is trusted, or when the view does not require signatures. Content-addressed paths get no exception: Nix accepts them
+  unsigned because it recomputes their address on import; we serve before an import and ask for a signature.
+- ``receive_nar``: an encoded NAR stream becomes ``VerifiedNar`` when its decoded bytes have the signed size and hash.
+  The NAR's own grammar is checked on the way and gives the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from veneer.cache.nars import IncomingNar, VerifiedNar
+from veneer.formats.nar import NarParser, TreeBuilder
+from veneer.formats.signature import PublicKey, fingerprint
+from veneer.model.errors import FormatError, HashMismatchError, TrustError
+from veneer.model.path_info import PathInfo, UnverifiedPathInfo
+from veneer.model.tree import Node
+from veneer.sources.compression import open_decoder
+
+PIECE = 1 << 20
+"""Bytes decoded, hashed and written at a time."""
+
+
+class Readable(Protocol):
+    """What a decoder pulls from: ``read`` gives at most ``size`` bytes, b"" at the end."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrustPolicy:
+    """Whose word counts. ``keys`` by name; several keys may share one name."""
+
+    keys: tuple[PublicKey, ...]
+    require_signatures: bool = True
+
+
+def verify_path_info(
+    policy: TrustPolicy, unverified: UnverifiedPathInfo, *, source_url: str, source_trusted: bool
+) -> PathInfo:
+    """``unverified`` with the names of the trusted keys that signed it. TrustError when nobody vouches for it."""
+    signed_by: list[str] = []
+    if unverified.signatures and policy.keys:
+        text = fingerprint(unverified)
+        for signature in unverified.signatures:
+            name = signature.partition(":")[0]
+            if any(key.name == name and key.verify(text, signature) for key in policy.keys):
+                signed_by.append(name)
+    if not signed_by and policy.require_signatures and not source_trusted:
+        names = ", ".join(s.partition(":")[0] for s in unverified.signatures)
+        trusted = ", ".join(key.name for key in policy.keys)
+        raise TrustError(
+            f"{unverified.store_path} has no valid signature of a trusted key"
+            f" (signed by: {names or 'nobody'}; trusted: {trusted or 'no keys'})",
+            where=source_url,
+            hint="add the cache's key with --trusted-public-key, or trusted=true to the cache's URL if you trust its every byte",
+        )
+    return PathInfo(unverified, tuple(signed_by))
+
+
+def receive_nar(
+    info: PathInfo, encoded: Readable, incoming: IncomingNar, progress: Callable[[int], None], *, where: str
+) -> tuple[VerifiedNar, Node]:
+    """Decode, check and write a whole NAR; blocks, for a worker thread.
+
+    ``progress`` is told the NAR bytes written so far. HashMismatchError or FormatError: the content is bad and nothing
+    of ``incoming`` may be used. Reads at most one piece beyond the signed size, whatever the stream holds.
+    """
+    expected = info.info
+    decoder = open_decoder(expected.compression, encoded)
+    hasher = expected.nar_hash.hasher()
+    parser, tree = NarParser(), TreeBuilder()
+    size = 0
+    try:
+        while piece := decoder.read(PIECE):
+            size += len(piece)
+            if size > expected.nar_size:
+                raise HashMismatchError(
+                    f"NAR of {info.store_path} is longer than its signed {expected.nar_size} bytes",
+                    where=where,
+                )
+            hasher.update(piece)
+            tree.feed(parser.feed(piece))
+            incoming.write(piece)
+            progress(size)
+        parser.finish()
+    except FormatError as error:
+        raise FormatError(f"NAR of {info.store_path}: {error.what}", where=where) from error
+    digest = hasher.digest()
+    if size != expected.nar_size or digest != expected.nar_hash.digest:
+        found = type(expected.nar_hash)(expected.nar_hash.algorithm, digest)
+        raise HashMismatchError(
+            f"NAR of {info.store_path} is not the signed one: expected {expected.nar_hash} and {expected.nar_size} bytes,"
+            f" got {found} and {size} bytes",
+            where=where,
+        )
+    return VerifiedNar(incoming, expected.nar_hash, size), tree.finish()
