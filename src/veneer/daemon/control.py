@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
-from veneer.cache.index import PathRow
 from veneer.model.errors import UsageError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
@@ -97,16 +96,20 @@ class Control:
         before = account.wire_bytes
         done = moved = 0
 
-        async def one(info: PathInfo) -> PathRow:
-            if contents:
-                return await store.whole(view, info.store_path, account)
-            return await store.lookup(view, info.store_path, account)
-
-        for finished in asyncio.as_completed([one(info) for info in infos]):
-            row = await finished
+        async def one(info: PathInfo) -> None:
+            nonlocal done, moved
+            get = store.whole if contents else store.lookup
+            row = await get(view, info.store_path, account)
             done += 1
             moved += row.nar_size
             progress({"paths_done": done, "paths": len(infos), "bytes_done": moved, "bytes": total})
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for info in infos:
+                    group.create_task(one(info))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         return {"paths": len(infos), "nar_bytes": total, "wire_bytes": account.wire_bytes - before}
 
     async def _closure(

@@ -12,8 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from veneer.cache.cache import Cache, CacheInUseError
+from veneer.cache.cache import Cache
 from veneer.formats.request_wire import SOCKET_NAME
+from veneer.model.errors import CacheInUseError
 from veneer.store.store import Limits, Notices
 from veneer.store.views import ViewConfig
 

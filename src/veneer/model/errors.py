@@ -94,6 +94,16 @@ class CacheError(VeneerError):
     exit_code = 7
 
 
+class CacheInUseError(CacheError):
+    """Another daemon holds the cache's lock."""
+
+
+class CacheFullError(CacheError):
+    """No space left in the cache's file system: evict and try again."""
+
+    errno = _errno.ENOSPC
+
+
 class DaemonError(VeneerError):
     """The store daemon is not there, or broke the protocol."""
 

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from veneer.cache.cache import Cache
 from veneer.cache.index import PathRow
 from veneer.cache.nars import IncomingNar, VerifiedNar
-from veneer.model.errors import CacheError, FormatError, HashMismatchError, SourceError, VeneerError
+from veneer.model.errors import (
+    CacheError,
+    CacheFullError,
+    FormatError,
+    HashMismatchError,
+    SourceError,
+    VeneerError,
+)
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
 
@@ -73,12 +80,14 @@ class Fetcher:
         clock: Callable[[], float],
         encode: Encode,
         admit: Admit,
-        condemn: Callable[[PathRow, VeneerError], None],
+        condemn: Callable[[PathRow, VeneerError], object],
+        make_room: Callable[[int], bool],
         *,
         parallel: int,
     ) -> None:
         self._cache = cache
         self._condemn = condemn
+        self._make_room = make_room
         self._stories = stories
         self._clock = clock
         self._encode = encode
@@ -176,8 +185,8 @@ class Fetcher:
         """One attempt, with one more after making room when the disk is full."""
         try:
             return await self._attempt(download, candidate, account)
-        except CacheError as error:
-            if not error.disk_full or not self._cache.evict(need=download.row.nar_size):
+        except CacheFullError:
+            if not self._make_room(download.row.nar_size):
                 raise
         return await self._attempt(download, candidate, account)
 

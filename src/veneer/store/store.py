@@ -145,7 +145,7 @@ class Store:
 
     def evict(self, max_bytes: int | None = None, *, dry_run: bool = False) -> list[tuple[StorePath, int]]:
         """Make room; returns what went (or would go) with its bytes. Open readers keep what they have."""
-        gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run)
+        gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run, busy=self.fetcher.busy)
         if not dry_run:
             for evicted in gone:
                 self._notices.dropped(evicted.number)
@@ -268,9 +268,12 @@ class Store:
         self._notices.condemned(row.number, row.store_path)
         return fresh
 
-    def _make_room(self) -> None:
-        for evicted in self.cache.evict(busy=self.fetcher.busy):
+    def _make_room(self, need: int = 0) -> bool:
+        """Evict to the cache's limit, or ``need`` bytes on a full disk; whether anything went."""
+        gone = self.cache.evict(need=need, busy=self.fetcher.busy)
+        for evicted in gone:
             self._notices.dropped(evicted.number)
+        return bool(gone)
 
     def _tree_done(self, number: int, task: asyncio.Task[bool]) -> None:
         del self._trees[number]

@@ -84,7 +84,7 @@ def receive_nar(
                     where=where,
                 )
             hasher.update(piece)
-            tree.feed(parser.feed(piece))
+            tree.add(parser.feed(piece))
             incoming.write(piece)
             progress(size)
         parser.finish()
@@ -98,4 +98,4 @@ def receive_nar(
             f" got {found} and {size} bytes",
             where=where,
         )
-    return VerifiedNar(incoming, expected.nar_hash, size), tree.finish()
+    return VerifiedNar(incoming, expected.nar_hash, size), tree.tree()
