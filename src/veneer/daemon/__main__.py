@@ -23,6 +23,9 @@ def main() -> int:
     parser.add_argument("--shared", action="store_true", help="let other users connect and read")
     parser.add_argument("--exit-when-idle", action="store_true", help="end with the last client")
     parser.add_argument("--ready-fd", type=int, help="a byte is written here when clients may connect")
+    parser.add_argument(
+        "--client-fd", type=int, help="a connected socket whose other end is the first client"
+    )
     parser.add_argument("--parallel-requests", type=int, default=Limits.parallel_requests)
     parser.add_argument("--parallel-downloads", type=int, default=Limits.parallel_downloads)
     parser.add_argument("--no-prefetch", action="store_true", help="ask only for what is looked up")
@@ -42,7 +45,16 @@ def main() -> int:
                 raise UsageError(f"cannot read the view: {error}", where=str(args.view)) from error
         limits = Limits(args.parallel_requests, args.parallel_downloads, prefetch=not args.no_prefetch)
         run_daemon(
-            DaemonSettings(args.cache, args.max_bytes, args.shared, args.exit_when_idle, view, limits, ready)
+            DaemonSettings(
+                args.cache,
+                args.max_bytes,
+                args.shared,
+                args.exit_when_idle,
+                view,
+                limits,
+                ready,
+                args.client_fd,
+            )
         )
     except VeneerError as error:
         print(f"veneer daemon: {error}", file=sys.stderr)  # noqa: T201 - a program's face

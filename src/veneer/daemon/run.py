@@ -41,6 +41,8 @@ class DaemonSettings:
     default_view: ViewConfig = field(default_factory=ViewConfig)
     limits: Limits = field(default_factory=Limits)
     ready: Callable[[], None] = lambda: None
+    client_fd: int | None = None
+    """A connected socket that came with the process: its starter is a client from the first moment."""
 
 
 def run_daemon(settings: DaemonSettings) -> bool:
@@ -133,6 +135,9 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
     sock = _listen(cache.root / SOCKET_NAME, settings.shared)
     server = await asyncio.start_unix_server(requests.connected, sock=sock)
     flushing = asyncio.create_task(_flush(cache))
+    if settings.client_fd is not None:
+        streams = await asyncio.open_unix_connection(sock=socket.socket(fileno=settings.client_fd))
+        starter = asyncio.create_task(requests.connected(*streams))  # noqa: F841 - held until the end
     settings.ready()
     try:
         stopping = asyncio.create_task(stop.wait())
