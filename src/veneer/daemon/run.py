@@ -137,7 +137,7 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
     flushing = asyncio.create_task(_flush(cache))
     if settings.client_fd is not None:
         streams = await asyncio.open_unix_connection(sock=socket.socket(fileno=settings.client_fd))
-        starter = asyncio.create_task(requests.connected(*streams))  # noqa: F841 - held until the end
+        starter = asyncio.create_task(requests.connected(*streams))  # noqa: F841, RUF006 - held here
     settings.ready()
     try:
         stopping = asyncio.create_task(stop.wait())
