@@ -16,6 +16,7 @@ from .run import DaemonSettings, run_daemon
 
 
 def main() -> int:
+    defaults = Limits()
     parser = argparse.ArgumentParser(prog="veneer.daemon", description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="cache directory")
     parser.add_argument("--max-bytes", type=int, help="evict above this many bytes of content")
@@ -26,8 +27,8 @@ def main() -> int:
     parser.add_argument(
         "--client-fd", type=int, help="a connected socket whose other end is the first client"
     )
-    parser.add_argument("--parallel-requests", type=int, default=Limits.parallel_requests)
-    parser.add_argument("--parallel-downloads", type=int, default=Limits.parallel_downloads)
+    parser.add_argument("--parallel-requests", type=int, default=defaults.parallel_requests)
+    parser.add_argument("--parallel-downloads", type=int, default=defaults.parallel_downloads)
     parser.add_argument("--no-prefetch", action="store_true", help="ask only for what is looked up")
     args = parser.parse_args()
 

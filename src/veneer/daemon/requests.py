@@ -99,6 +99,11 @@ class RequestServer:
         send(Frame(Kind.WELCOME, hello.id, json.dumps(welcome).encode()))
         room = asyncio.Semaphore(OPEN_REQUESTS)
         tasks: set[asyncio.Task[None]] = set()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            room.release()
+
         try:
             while True:
                 frame = await _frame(reader)
@@ -111,7 +116,7 @@ class RequestServer:
                 await room.acquire()
                 task = asyncio.create_task(self._answer(session, frame))
                 tasks.add(task)
-                task.add_done_callback(lambda done: (tasks.discard(done), room.release()))
+                task.add_done_callback(ended)
                 await writer.drain()
         finally:
             for task in tasks:

@@ -5,7 +5,8 @@ reader that goes away leaves it running for the others and for the cache. Candid
 quarantined per source, a source's failure goes to the next one, and only when none is left the readers get the story.
 
 Invariants: F1: at most one download per path number. F2: bytes are announced only after they were written to the file
-that the reader will open. F3: under ``strict`` nothing is announced before ``verify.receive_nar`` accepted the whole NAR.
+that the reader will open. F3: under ``strict`` nothing is announced before ``verify.receive_nar`` accepted the whole NAR. F4: a number of which readers
+saw bytes that in the end nobody vouched for (``deferred``) does not live on: it is condemned, and opening again starts anew.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class Download:
         self.grew = asyncio.Event()
 
 
-Encode = Callable[[PathRow, Node], bytes]
+Encode = Callable[[PathRow, Node], bytearray]
 """The tree index of a path; called on a worker thread."""
-Admit = Callable[[PathRow, VerifiedNar, Node, bytes], int]
+Admit = Callable[[PathRow, VerifiedNar, Node, bytearray], int]
 """Takes a verified NAR, its tree and the encoded tree into the cache; the path number it now has."""
 
 
@@ -158,7 +159,7 @@ class Fetcher:
         self, download: Download, candidates: Callable[[], AsyncIterator[Candidate]], account: Account
     ) -> int:
         row = download.row
-        failures: list[Exception] = []
+        failures: list[VeneerError] = []
         async with self._slots:
             async for candidate in candidates():
                 if candidate.info.info.nar_hash != row.nar_hash:
@@ -173,12 +174,12 @@ class Fetcher:
                 except (FormatError, HashMismatchError) as error:
                     self._quarantine(row, url, error)
                     failures.append(error)
-                    if download.prefix:  # readers have seen bad bytes under this number: it must not live on
-                        self._condemn(row, error)
-                        break
                 except SourceError as error:
                     failures.append(error)
                 self._stories.add(str(row.store_path), failures[-1])
+                if download.prefix:  # F4
+                    self._condemn(row, failures[-1])
+                    break
         raise _story(row.store_path, failures)
 
     async def _from(self, download: Download, candidate: Candidate, account: Account) -> int:
@@ -193,14 +194,18 @@ class Fetcher:
     async def _attempt(self, download: Download, candidate: Candidate, account: Account) -> int:
         row, loop = download.row, asyncio.get_running_loop()
         nars = self._cache.nars
-        incoming = nars.partial(row.number) if download.deferred else nars.incoming(row.number)
+        incoming = (
+            nars.partial(row.number, row.nar_size)
+            if download.deferred
+            else nars.incoming(row.number, row.nar_size)
+        )
         pipe = ChunkPipe()
 
         def progress(size: int) -> None:  # worker thread
             if download.deferred:
                 loop.call_soon_threadsafe(download.announce, size)
 
-        def receive() -> tuple[VerifiedNar, Node, bytes]:  # worker thread
+        def receive() -> tuple[VerifiedNar, Node, bytearray]:  # worker thread
             try:
                 verified, tree = receive_nar(
                     candidate.info, pipe, incoming, progress, where=candidate.source.url
@@ -223,24 +228,21 @@ class Fetcher:
                 if not isinstance(error, Exception):
                     raise
             verified, tree, encoded = await receiving
+        except (FormatError, HashMismatchError):
+            nars.set_aside(incoming)
+            raise
         except BaseException:
             await self._settle(receiving)
-            self._discard(incoming)
+            incoming.discard()
             raise
         count.nar += verified.nar_size
         return self._admit(row, verified, tree, encoded)
 
-    async def _settle(self, receiving: asyncio.Future[tuple[VerifiedNar, Node, bytes]]) -> None:
+    async def _settle(self, receiving: asyncio.Future[tuple[VerifiedNar, Node, bytearray]]) -> None:
         """The thread has let go of the file; its error was raised by whoever awaited it first."""
         await asyncio.wait({receiving})
         if not receiving.cancelled():
             receiving.exception()
-
-    def _discard(self, incoming: IncomingNar) -> None:
-        try:
-            incoming.discard()
-        except CacheError as error:
-            self._stories.add("", error)
 
     def _quarantine(self, row: PathRow, url: str, error: VeneerError) -> None:
         now = self._clock()
@@ -252,12 +254,11 @@ class Fetcher:
             self._stories.add(str(download.row.store_path), error)
 
 
-def _story(path: StorePath, failures: list[Exception]) -> VeneerError:
+def _story(path: StorePath, failures: list[VeneerError]) -> VeneerError:
     """One error that tells what each source did."""
     if not failures:
         return SourceError(f"no source has the content of {path} any more", hint="veneer status")
-    if len(failures) == 1 and isinstance(failures[0], VeneerError):
+    if len(failures) == 1:
         return failures[0]
-    told = "; ".join(f.story() if isinstance(f, VeneerError) else repr(f) for f in failures)
-    kind = next((type(f) for f in failures if isinstance(f, VeneerError)), SourceError)
-    return kind(f"no source gave the content of {path}: {told}", hint="veneer status")
+    told = "; ".join(failure.story() for failure in failures)
+    return type(failures[0])(f"no source gave the content of {path}: {told}", hint="veneer status")

@@ -31,6 +31,10 @@ from .views import View
 PREFETCHED_LISTINGS = 64
 """Listings of a looked-up path's direct references that are fetched ahead, at most."""
 
+LISTINGS = "listing"
+"""In place of a source's URL in the quarantine: no listing of this path is believed, whoever has it."""
+LISTINGS_SECONDS = 10 * 365 * 86400.0
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -67,6 +71,7 @@ class Store:
             self._encoded,
             self._admit,
             self._condemn,
+            self._make_room,
             parallel=limits.parallel_downloads,
         )
         self._trees: dict[int, asyncio.Task[bool]] = {}
@@ -231,25 +236,25 @@ class Store:
         """Whether the source has no usable listing of this path: it said so, or it lied about it before."""
         if self.cache.index.listing_absent(url, row.store_path.hash_part) is not None:
             return True
-        return row.revision > 0
+        return self.cache.index.quarantined(row.store_path, row.nar_hash, LISTINGS, self._clock()) is not None
 
-    def _encoded(self, row: PathRow, node: Node) -> bytes:
-        return b"".join(
-            encode_tree(
-                node,
-                path_number=row.number,
-                generation=self.cache.generation,
-                nar_hash=row.nar_hash.digest,
-                nar_size=row.nar_size,
-            )
+    def _encoded(self, row: PathRow, node: Node) -> bytearray:
+        return encode_tree(
+            node,
+            path_number=row.number,
+            generation=self.cache.generation,
+            nar_hash=row.nar_hash.digest,
+            nar_size=row.nar_size,
         )
 
-    def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytes) -> int:
+    def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytearray) -> int:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
         row = self._row(row.number)
         if row.tree != TreeState.NONE and self.cache.trees.has(row.number):
             if self.cache.trees.path(row.number).read_bytes() != encoded:
                 error = HashMismatchError(f"the listing of {row.store_path} differs from its verified NAR")
+                now = self._clock()
+                self.cache.index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
                 row = self._condemn(row, error)
                 encoded = self._encoded(row, node)
                 self.cache.trees.put(row.number, [encoded])
