@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 from veneer.cache.cache import Cache
 from veneer.cache.index import PathRow
-from veneer.cache.nars import IncomingNar, VerifiedNar
+from veneer.cache.nars import VerifiedNar
 from veneer.model.errors import (
-    CacheError,
     CacheFullError,
     FormatError,
     HashMismatchError,
