@@ -92,7 +92,7 @@ class RequestServer:
         try:
             session = self._enter(hello, writer, send)
         except VeneerError as error:
-            send(Frame(Kind.FAILED, hello.id, wire.failed_body(error.errno, error.story())))
+            send(Frame(Kind.FAILED, hello.id, wire.failed_body(error.errno, str(error), error.exit_code)))
             await writer.drain()
             return
         welcome = {"version": wire.VERSION, "generation": self._store.cache.generation.hex()}
@@ -155,7 +155,7 @@ class RequestServer:
             session.send(Frame(Kind.ABSENT, frame.id, wire.absent_body(int(absent.seconds * 1000))))
             return
         except VeneerError as error:
-            session.send(Frame(Kind.FAILED, frame.id, wire.failed_body(error.errno, str(error))))
+            session.send(Frame(Kind.FAILED, frame.id, wire.failed_body(error.errno, str(error), error.exit_code)))
             return
         except Exception as error:  # noqa: BLE001 - a bug must reach the reader as EIO and the user as a story
             story = self._store.stories.add(frame.kind.name, error)

@@ -23,7 +23,7 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | WELCOME | JSON: {"version": 1, "generation": 32 hex digits} |
 | FOUND | u64 path number, u64 NAR size: its tree index is published |
 | ABSENT | u32 milliseconds for which no source has to be asked again |
-| FAILED | u32 errno, UTF-8 story |
+| FAILED | u16 errno, u16 exit code, UTF-8 story (what, where, and perhaps a line "hint: …") |
 | READY | u64 path number, u64 start, u64 end, u8 whole: bytes [start, end) of the NAR file may be read |
 | PROGRESS, RESULT | JSON |
 | PRESENT (notice) | base name that was answered ABSENT and is there now |
@@ -52,6 +52,7 @@ _READY = struct.Struct("<QQQB")
 _CONTENT = struct.Struct("<QQQ")
 _FOUND = struct.Struct("<QQ")
 _U32 = struct.Struct("<I")
+_FAILED = struct.Struct("<HH")
 
 
 class Kind(enum.IntEnum):
@@ -172,15 +173,20 @@ def absent(body: bytes) -> int:
     return int(_U32.unpack(body)[0])
 
 
-def failed_body(errno: int, story: str) -> bytes:
-    return _U32.pack(errno) + story.encode("utf-8", "replace")[: MAX_BODY - 4]
+def failed_body(errno: int, story: str, exit_code: int = 1) -> bytes:
+    return _FAILED.pack(errno, exit_code) + story.encode("utf-8", "replace")[: MAX_BODY - _FAILED.size]
 
 
 def failed(body: bytes) -> tuple[int, str]:
     """(errno, story) of FAILED."""
-    if len(body) < 4:
+    if len(body) < _FAILED.size:
         raise FormatError("FAILED without an errno", where="request protocol")
-    return int(_U32.unpack_from(body)[0]), body[4:].decode("utf-8", "replace")
+    return int(_FAILED.unpack_from(body)[0]), body[_FAILED.size :].decode("utf-8", "replace")
+
+
+def failed_exit_code(body: bytes) -> int:
+    """The exit status that the failure asks of a command; ``body`` was accepted by ``failed``."""
+    return int(_FAILED.unpack_from(body)[1])
 
 
 def ready_body(number: int, start: int, end: int, *, whole: bool) -> bytes:
