@@ -1,0 +1,120 @@
+"""The flags that several commands share, and what their arguments become."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from veneer.cli.config import Flags
+from veneer.cli.output import Output
+from veneer.model.errors import FormatError, UsageError
+from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
+
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
+
+_CACHE_DIR = click.option(
+    "--cache-dir",
+    metavar="DIR",
+    help="Where fetched content is kept [default: ~/.cache/veneer; root: /var/cache/veneer].",
+)
+_CONFIG = click.option("--config", "config_file", metavar="FILE", help="Configuration file to use.")
+_SOURCES = (
+    click.option(
+        "--cache",
+        "caches",
+        metavar="URL",
+        multiple=True,
+        help="A Nix binary cache: http, https, file, s3, gs or az URL with ?priority=&trusted=, or a directory."
+        " Repeatable [default: configuration, else nix.conf].",
+    ),
+    click.option(
+        "--trusted-public-key",
+        "keys",
+        metavar="NAME:BASE64",
+        multiple=True,
+        help="A key whose signatures count, instead of the configured ones. Repeatable.",
+    ),
+    click.option(
+        "--verify",
+        type=click.Choice(("strict", "deferred")),
+        help="strict: bytes are served after their hash was checked; deferred: checked while they are served.",
+    ),
+)
+_MAX_SIZE = click.option(
+    "--max-size",
+    metavar="SIZE",
+    help="Size limit of the cache, such as 10G; for a daemon that is started now.",
+)
+
+
+def settings_flags(*, sources: bool = True, max_size: bool = False) -> Decorator:
+    """Adds the flags that ``config.load_settings`` takes; the command gets them as one argument, ``flags``."""
+    options: list[Decorator] = [
+        *(_SOURCES if sources else ()),
+        _CACHE_DIR,
+        *((_MAX_SIZE,) if max_size else ()),
+        _CONFIG,
+    ]
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def command(*args: Any, **given: Any) -> Any:
+            taken = {name: given.pop(name) for name in Flags.__slots__ if name in given}
+            return function(*args, flags=Flags(**taken), **given)
+
+        wrapped: Function = command
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def _set(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            setattr(ctx.ensure_object(Output), attribute, True)
+
+    return callback
+
+
+def json_option(help_text: str = "Print one JSON document on stdout.") -> Decorator:
+    return click.option(
+        "--json", is_flag=True, is_eager=True, expose_value=False, callback=_set("json"), help=help_text
+    )
+
+
+def quiet_option(help_text: str) -> Decorator:
+    return click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set("quiet"),
+        help=help_text,
+    )
+
+
+def store_path_arguments(paths: tuple[str, ...]) -> list[str]:
+    """Base names of store paths given whole (``/nix/store/…``) or as base names. UsageError otherwise."""
+    names = []
+    for path in paths:
+        name, rest = split_store_path(path)
+        if rest:
+            raise UsageError("a file inside a store path; name the store path", where=path)
+        names.append(name)
+    return names
+
+
+def split_store_path(text: str) -> tuple[str, str]:
+    """(base name, rest below it) of ``/nix/store/<base name>[/rest]`` or ``<base name>[/rest]``."""
+    name, _, rest = text.removeprefix(DEFAULT_STORE_DIR + "/").partition("/")
+    try:
+        return StorePath.parse(name).basename, rest.strip("/")
+    except FormatError as error:
+        raise UsageError(error.what, hint=f"such as {DEFAULT_STORE_DIR}/<hash>-<name>") from error

@@ -1,0 +1,120 @@
+"""A private daemon: started by a command when none serves the cache directory; it ends when its last client has left.
+
+Its starter is its first client, by one end of a socket pair: requests can be sent before the daemon is up, its answer to
+HELLO says that it is, and the end of its starter, however it came, is the end of the connection.
+
+Its messages go to ``daemon.log`` in the cache directory; when it dies at start, what it said there is the error that the
+user sees. Two commands may start one at the same time: the loser of the cache's lock ends with status 0, and its starter
+connects to the winner.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.cli.client import LOG_NAME, Client, connect
+from veneer.cli.config import Settings
+from veneer.model.errors import CacheError, DaemonError
+
+START_SECONDS = 20.0
+"""How long a command waits for the daemon that it started."""
+_ATTEMPTS = 3
+_LOG_LIMIT = 1 << 20
+_TAIL = 4096
+_PREFIX = "veneer daemon: "
+
+
+@dataclass(slots=True)
+class PrivateDaemon:
+    """A daemon that this process started, perhaps not up yet; ``client`` is its first."""
+
+    process: subprocess.Popen[bytes]
+    client: Client
+    log: Path
+    log_start: int
+
+    def failure(self) -> DaemonError | None:
+        """Why it ended, when it ended with an error."""
+        status = self.process.poll()
+        if not status:
+            return None
+        with open(self.log, "rb") as log:
+            log.seek(self.log_start)
+            said = log.read()[-_TAIL:].decode("utf-8", "replace").rpartition(_PREFIX)[2].strip()
+        what, _, hint = said.partition("\nhint: ")
+        line = what.splitlines()[-1] if what else f"without a word, status {status}"
+        return DaemonError(f"the store daemon ended: {line}", where=str(self.log), hint=hint)
+
+
+def start(settings: Settings, session: str = "") -> PrivateDaemon:
+    """Start a private daemon for the settings' cache directory; returns at once."""
+    make_cache_dir(settings.cache_dir)
+    log = settings.cache_dir / LOG_NAME
+    try:
+        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise CacheError(f"cannot write to the cache directory: {error.strerror}", where=str(log)) from error
+    ours, theirs = socket.socketpair()
+    try:
+        size = os.fstat(log_fd).st_size
+        if size > _LOG_LIMIT:
+            os.ftruncate(log_fd, 0)
+            size = 0
+        process = subprocess.Popen(
+            daemon_command(settings, client_fd=theirs.fileno()),
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,  # Ctrl-C is for the user's command
+            cwd="/",
+        )
+    finally:
+        os.close(log_fd)
+        theirs.close()
+    return PrivateDaemon(process, Client(ours, settings.view(session), str(log)), log, size)
+
+
+def daemon_command(settings: Settings, *, client_fd: int) -> list[str]:
+    """The private daemon's command line."""
+    limit = [] if settings.max_bytes is None else ["--max-bytes", str(settings.max_bytes)]
+    module = [sys.executable, "-m", "veneer.daemon", "--cache", str(settings.cache_dir)]
+    return [*module, *limit, "--exit-when-idle", "--client-fd", str(client_fd)]
+
+
+def make_cache_dir(path: Path) -> None:
+    """CacheError when it cannot be had."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "choose another: --cache-dir DIR"
+        raise CacheError(
+            f"cannot make the cache directory: {error.strerror}", where=str(path), hint=hint
+        ) from error
+
+
+def open_client(settings: Settings, session: str = "") -> Client:
+    """A greeted client with the settings' view, of the running daemon or of a private one. DaemonError says why not."""
+    error: DaemonError | None = None
+    for _ in range(_ATTEMPTS):
+        client = connect(settings.cache_dir, settings.view(session))
+        if client is not None:
+            return client
+        daemon = start(settings, session)
+        try:
+            daemon.client.greet(START_SECONDS)
+        except DaemonError as lost:
+            # Either it failed and says why, or it gave way to a rival, to which the next attempt connects.
+            daemon.client.close()
+            daemon.process.wait(START_SECONDS)
+            error = daemon.failure() or lost
+            if daemon.process.returncode:
+                raise error from lost
+        else:
+            return daemon.client
+    raise error or DaemonError("the store daemon is not there", where=str(settings.cache_dir))

@@ -1,0 +1,69 @@
+"""``veneer status``: the daemon, its sources, the cache and what went wrong lately."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from veneer.cli.config import Flags
+from veneer.cli.options import json_option, settings_flags
+from veneer.cli.output import Output, format_size, table
+
+
+@click.command()
+@settings_flags()
+@json_option()
+@click.pass_obj
+def status(output: Output, flags: Flags) -> None:
+    """Show the daemon, its sources, the cache and recent failures.
+
+    Without a running daemon one is started for the answer.
+
+    \b
+    Example:
+      veneer status --json
+    """
+    from veneer.cli.config import load_settings
+    from veneer.cli.private_daemon import open_client
+
+    settings = load_settings(flags)
+    with open_client(settings) as client:
+        result = client.control("status")
+    document = {"sources": [{"url": s.url, "verify": s.verify} for s in settings.sources], **result}
+    output.result(render(document), document)
+
+
+def render(document: dict[str, object]) -> str:
+    """The status for people: one block per part, in the daemon's order; unknown parts are shown as they are."""
+    blocks = []
+    for name, value in document.items():
+        if isinstance(value, list):
+            rows = [row if isinstance(row, dict) else {name: row} for row in value]
+            blocks.append(f"{name}: none" if not rows else f"{name}:\n{_indented(_rows(rows))}")
+        elif isinstance(value, dict):
+            blocks.append(f"{name}:\n{_indented(table([[k, _cell(k, v)] for k, v in value.items()]))}")
+        else:
+            blocks.append(f"{name}: {_cell(name, value)}")
+    return "\n".join(blocks)
+
+
+def _rows(rows: list[dict[str, object]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return table([[_cell(c, row.get(c, "")) for c in columns] for row in rows], columns)
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and "bytes" in name:
+        return format_size(value)
+    if name == "time" and isinstance(value, int | float):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    return str(value)
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
