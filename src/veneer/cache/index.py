@@ -17,6 +17,7 @@ else. When SQLite finds the file broken, ``index.sqlite.damaged`` is left for th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,15 @@ class DamagedIndexError(CacheError):
 def damage_mark(path: Path) -> Path:
     """The file that tells the next start that the index at ``path`` is broken."""
     return path.with_name(path.name + ".damaged")
+
+
+def checkpoint(path: Path) -> None:
+    """Moves what the WAL holds into the file at ``path``, with its fsyncs. From any thread, beside the open ``Index``."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=2.0, isolation_level=None)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    except sqlite3.Error as error:
+        raise CacheError(f"cannot write back the cache's index: {error}", where=str(path)) from error
 
 
 class Index:
@@ -443,7 +453,10 @@ class Index:
         code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
         where = str(self._path)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            damage_mark(self._path).touch()
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk: the next start finds the damage by itself, or later
+                damage_mark(self._path).touch()
             hint = "restart the daemon: it begins a new index"
             return DamagedIndexError(f"the cache's index is damaged: {error}", where=where, hint=hint)
         if self._db.in_transaction:

@@ -1,0 +1,285 @@
+"""One cache directory, held by one daemon: the way into this layer.
+
+``Cache.open`` takes the lock, migrates and repairs; after it every row and file can be believed. The numbered
+invariants stand with what keeps them: I in ``index``, N in ``nars``, T in ``trees``, R in ``recovery``. Here:
+
+C1  One daemon per directory (flock), one thread for everything but what says "any thread".
+C2  A damaged index is moved aside and a new one made, with a new generation and other path numbers; the files of the
+    old one go, because nothing says any more what they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from veneer.formats import tree_index
+from veneer.model.store_path import StorePath
+
+from . import directory, eviction, recovery
+from .index import DamagedIndexError, Index, PathRow, Unsynced, checkpoint, damage_mark
+from .nars import Nars
+from .trees import Trees
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Evicted(NamedTuple):
+    """A file that went (or would go). ``size``: bytes on disk; ``tree``: the tree file, not the NAR."""
+
+    path_number: int
+    store_path: StorePath
+    size: int
+    tree: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What ``open`` found to do: for the log and ``status``. ``moved_aside``: where a damaged index went."""
+
+    files_removed: int = 0
+    rows_reset: int = 0
+    rehashed: int = 0
+    moved_aside: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SyncBatch:
+    """Files to make safe from power loss: ``begin_sync``, ``run`` in any thread, ``end_sync``."""
+
+    root: Path
+    files: tuple[Unsynced, ...]
+
+    def run(self) -> None:
+        """fdatasync of the files, fsync of their directories, then of the index. CacheError when one fails."""
+        directories: set[Path] = set()
+        at = self.root
+        try:
+            for file in self.files:
+                name = tree_index.nar_file if file.kind == "nar" else tree_index.tree_file
+                at = self.root / name(file.number)
+                if _sync(at, os.fdatasync):
+                    directories.update((at.parent, at.parent.parent))
+            for at in directories:
+                _sync(at, os.fsync)
+        except OSError as error:
+            raise directory.cache_error(error, at, "write to") from error
+        checkpoint(self.root / directory.INDEX)
+
+
+def _sync(path: Path, sync: Callable[[int], None]) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False  # dropped meanwhile, and its mark with it
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+    return True
+
+
+def read_boot_id() -> str:
+    """Names this run of the kernel; "" where /proc is not there (then every start counts as after a power loss)."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+class Cache:
+    """See the module. A context manager that closes."""
+
+    root: Path
+    generation: bytes
+    index: Index
+    nars: Nars
+    trees: Trees
+    repaired: Repaired
+
+    def __init__(
+        self,
+        root: Path,
+        index: Index,
+        lock: int,
+        *,
+        clock: Callable[[], float],
+        max_bytes: int | None,
+        fault: Callable[[str], None],
+    ) -> None:
+        """``Cache.open`` calls it."""
+        self.root = root
+        self.index = index
+        self.generation = index.generation
+        self.nars = Nars(root, index, fault)
+        self.trees = Trees(root, index, fault)
+        self.max_bytes = max_bytes
+        self.repaired = Repaired()
+        self._lock = lock
+        self._clock = clock
+        self._fault = fault
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        clock: Callable[[], float],
+        max_bytes: int | None = None,
+        shared: bool = False,
+        boot_id: Callable[[], str] = read_boot_id,
+        fault: Callable[[str], None] = lambda step: None,
+    ) -> Cache:
+        """Makes or opens the cache in ``root``.
+
+        ``clock``: seconds since the epoch. ``max_bytes``: what ``evict`` keeps to; None: no limit. ``shared``: other
+        users' mount servers may read. ``fault``: told each numbered step of writing (for crash tests).
+        CacheError: another daemon owns it, another user's, written by a newer Veneer, or the file system refuses.
+        """
+        directory.prepare(root, shared=shared)
+        lock = directory.lock(root)
+        moved: Path | None = None
+        try:
+            while True:
+                try:
+                    index = Index(root / directory.INDEX, fault=fault)
+                    try:
+                        cache = cls(root, index, lock, clock=clock, max_bytes=max_bytes, fault=fault)
+                        cache._repair(boot_id(), moved)
+                        return cache
+                    except BaseException:
+                        index.abandon()
+                        raise
+                except DamagedIndexError:
+                    if moved is not None:
+                        raise
+                    moved = _move_aside(root / directory.INDEX, clock())
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def evict(
+        self,
+        *,
+        max_bytes: int | None = None,
+        need: int = 0,
+        dry_run: bool = False,
+        busy: Set[int] = frozenset(),
+    ) -> list[Evicted]:
+        """Drops what the limit (or the disk, for ``need`` bytes that are about to be written) asks for.
+
+        ``max_bytes``: another limit, this once. ``busy``: numbers to leave alone. Readers are not disturbed; the caller
+        tells mount servers which files to close. It may free less than asked: what is pinned stays.
+        """
+        limit = self.max_bytes if max_bytes is None else max_bytes
+        free = self.nars.free() if need else None
+        if free is not None and need > free and not dry_run:
+            free += self.nars.empty_quarantine()
+        totals = self.index.totals()
+        excess = eviction.excess(totals.nar_bytes + totals.tree_bytes, limit, need, free)
+        if not excess:
+            return []
+        steps = eviction.plan(
+            (eviction.Candidate(r.number, r.store_path, r.disk_size) for r in self.index.whole_nars()),
+            (
+                eviction.Candidate(r.number, r.store_path, r.tree_size)
+                for r in self.index.trees_unused_since(self._clock() - eviction.TREE_REST)
+            ),
+            excess=excess,
+            pinned={path for paths in self.index.pins().values() for path in paths},
+            busy=busy,
+        )
+        if not dry_run:
+            self._drop(steps)
+        return [Evicted(step.number, step.store_path, step.size, step.tree) for step in steps]
+
+    def begin_sync(self) -> SyncBatch:
+        """What a power loss may still empty (N4). About once a minute: ``end_sync(batch)`` after ``batch.run()``."""
+        self.index.flush()
+        return SyncBatch(self.root, tuple(self.index.unsynced()))
+
+    def end_sync(self, batch: SyncBatch) -> None:
+        self.index.mark_synced(batch.files)
+
+    def close(self, *, durable: bool = False) -> None:
+        """Commits and gives the lock back. ``durable``: syncs every file first, which may take as long as writing them."""
+        if self._lock < 0:
+            return
+        try:
+            if durable:
+                batch = self.begin_sync()
+                batch.run()
+                self.end_sync(batch)
+        finally:
+            try:
+                self.index.close()
+            finally:
+                os.close(self._lock)
+                self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- details
+
+    def _drop(self, steps: Iterable[eviction.Drop]) -> None:
+        """N3 for many: the files, then their rows in one transaction, also of those done before a failure."""
+        nars: list[int] = []
+        trees: list[int] = []
+        file = self.root
+        try:
+            for step in steps:
+                file = self.trees.path(step.number) if step.tree else self.nars.path(step.number)
+                file.unlink(missing_ok=True)
+                (trees if step.tree else nars).append(step.number)
+                self._fault("evict.unlinked")
+        except OSError as error:
+            raise directory.cache_error(error, file, "remove from") from error
+        finally:
+            self.index.forget_files(trees=trees, nars=nars)
+
+    def _repair(self, boot: str, moved: Path | None) -> None:
+        index = self.index
+        power_lost = not boot or index.fact("boot") != boot
+        tree_format = str(tree_index.VERSION)
+        if index.fact("tree_format") != tree_format:
+            index.forget_files(trees=[row.number for row in index.with_files()])
+            index.set_fact("tree_format", tree_format)
+        doubtful = index.unsynced() if power_lost else []
+        rows: Iterable[PathRow] = index.with_files()
+        steps = recovery.plan(rows, recovery.scan(self.root), doubtful=doubtful)
+        recovery.act(self.root, index, steps)
+        index.mark_synced(doubtful)  # what was read back came from the disk; what differed is gone
+        if boot != index.fact("boot"):
+            index.set_fact("boot", boot)
+        self.repaired = Repaired(
+            files_removed=sum(isinstance(step, recovery.Remove) for step in steps),
+            rows_reset=sum(isinstance(step, recovery.Reset) for step in steps),
+            rehashed=sum(isinstance(step, recovery.Rehash) for step in steps),
+            moved_aside=moved,
+        )
+
+
+def _move_aside(index: Path, now: float) -> Path:
+    """Renames a damaged index and its WAL; only the last such index is kept (they can be big)."""
+    try:
+        for old in index.parent.glob(f"{index.name}.corrupt-*"):
+            old.unlink()
+        aside = index.with_name(f"{index.name}.corrupt-{int(now)}")
+        for suffix in ("", "-wal", "-shm"):
+            file = index.with_name(index.name + suffix)
+            if file.exists():
+                file.rename(aside.with_name(aside.name + suffix))
+        damage_mark(index).unlink(missing_ok=True)
+    except OSError as error:
+        raise directory.cache_error(error, index, "move aside the index of") from error
+    return aside

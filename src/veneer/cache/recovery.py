@@ -1,0 +1,166 @@
+"""At start, the index and the files are made to agree. ``plan`` is pure; ``scan`` and ``act`` touch the disk.
+
+R1  A file without a row that wants it is removed: half-written ones, those that a crash left between rename and row, all
+    of an index that was lost, those of retired numbers, and whatever else lies there.
+R2  A row without its file, or with a file of another size, is reset; the path is fetched again when wanted.
+R3  After a power loss (the kernel's boot id is another one than at the last start, or unknown) files that had not been
+    synced are hashed: NARs against their hash, trees against the digest inside. What differs is removed and reset;
+    NARs beyond REHASH_BYTES are not read but removed, because a start may not take minutes.
+R4  First files, then rows, in one transaction: a crash in here only leaves work for the next start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.formats.tree_index import TreeIndex, nar_file, tree_file
+from veneer.model.errors import FormatError
+
+from .directory import PUBLISHED, cache_error
+from .index import Index, NarState, PathRow, TreeState, Unsynced
+
+REHASH_BYTES = 1 << 30
+"""NAR bytes hashed at most at a start after a power loss: about a second or two."""
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file below the cache directory. ``name`` is relative, as ``tree_file`` and ``nar_file`` give it."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Unlink this file."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Tell the row that it has no such file. ``kind``: "nar" or "tree"."""
+
+    number: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rehash:
+    """Read this file; Remove and Reset unless it is what the row says."""
+
+    row: PathRow
+    kind: str
+
+
+Step = Remove | Reset | Rehash
+
+
+def plan(
+    rows: Iterable[PathRow],
+    files: Iterable[FoundFile],
+    *,
+    doubtful: Iterable[Unsynced] = (),
+    rehash_bytes: int = REHASH_BYTES,
+) -> list[Step]:
+    """Steps after which files and rows agree.
+
+    ``rows``: those that should have a file. ``doubtful``: files that a power loss may have emptied, oldest first.
+    """
+    found = {file.name: file.size for file in files}
+    steps: list[Step] = []
+    wanted: set[str] = set()
+    kept: dict[tuple[int, str], PathRow] = {}
+    for row in rows:
+        for kind, name, right_size in _files_of(row):
+            size = found.get(name)
+            if size is None or row.quarantined or (right_size is not None and size != right_size):
+                steps.append(Reset(row.number, kind))
+            else:
+                wanted.add(name)
+                kept[row.number, kind] = row
+    for file in reversed(list(doubtful)):  # the newest are the likeliest to be wanted again
+        doubted = kept.get((file.number, file.kind))
+        if doubted is None:
+            continue
+        if file.kind == "nar":
+            rehash_bytes -= doubted.nar_size
+        if file.kind == "tree" or rehash_bytes >= 0:
+            steps.append(Rehash(doubted, file.kind))
+        else:
+            wanted.discard(nar_file(file.number))
+            steps.append(Reset(file.number, "nar"))
+    steps += [Remove(name) for name in found if name not in wanted]
+    return steps
+
+
+def _files_of(row: PathRow) -> Iterator[tuple[str, str, int | None]]:
+    """(kind, file name, size or None for not known) of what the row says is there."""
+    if row.tree is not TreeState.NONE:
+        yield "tree", tree_file(row.number), row.tree_size or None
+    if row.nar is not NarState.NONE:
+        yield "nar", nar_file(row.number), row.nar_size
+
+
+def scan(root: Path) -> Iterator[FoundFile]:
+    """All files in trees, nars and incoming. Directories that are not ours to make are left alone."""
+    try:
+        for top in PUBLISHED:
+            for middle in os.scandir(root / top):
+                if middle.is_dir(follow_symlinks=False):
+                    yield from _files(root, f"{top}/{middle.name}")
+                else:
+                    yield FoundFile(f"{top}/{middle.name}", 0)
+        yield from _files(root, "incoming")
+    except OSError as error:
+        raise cache_error(error, error.filename or root, "read") from error
+
+
+def _files(root: Path, directory: str) -> Iterator[FoundFile]:
+    with os.scandir(root / directory) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield FoundFile(f"{directory}/{entry.name}", entry.stat(follow_symlinks=False).st_size)
+
+
+def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
+    """Carries ``steps`` out. CacheError when the directory cannot be written."""
+    resets: list[Reset] = []
+    try:
+        for step in steps:
+            if isinstance(step, Remove):
+                (root / step.name).unlink(missing_ok=True)
+            elif isinstance(step, Reset):
+                resets.append(step)
+            elif not _is_whole(root, step, index.generation):
+                name = nar_file(step.row.number) if step.kind == "nar" else tree_file(step.row.number)
+                (root / name).unlink(missing_ok=True)
+                resets.append(Reset(step.row.number, step.kind))
+    except OSError as error:
+        raise cache_error(error, error.filename or root, "repair") from error
+    if resets:
+        index.forget_files(
+            trees=[reset.number for reset in resets if reset.kind == "tree"],
+            nars=[reset.number for reset in resets if reset.kind == "nar"],
+        )
+
+
+def _is_whole(root: Path, step: Rehash, generation: bytes) -> bool:
+    row = step.row
+    try:
+        if step.kind == "tree":
+            tree = TreeIndex((root / tree_file(row.number)).read_bytes())
+            tree.verify()
+            return bool(tree.number == row.number and tree.generation == generation)
+        hasher = row.nar_hash.hasher()
+        with open(root / nar_file(row.number), "rb", buffering=0) as file:
+            while piece := file.read(_PIECE):
+                hasher.update(piece)
+        return hasher.digest() == row.nar_hash.digest
+    except FormatError:
+        return False
