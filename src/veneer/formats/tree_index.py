@@ -6,7 +6,7 @@ the FUSE protocol has the host's byte order, and we serve little-endian hosts on
 
     header | rows | table | records | targets | zeros up to a multiple of 8
 
-header   256 bytes: see ``_HEADER``; its last field is the CRC-32 of what stands before it. ``digest`` is BLAKE2b-128 of
+header   256 bytes: ``_HEADER``, zeros, and in the last 4 the CRC-32 of what stands before them. ``digest`` is BLAKE2b-128 of
          everything after the header.
 rows     32 bytes per entry (``ROW``), in the order of the entries. Entry 0 is the root; entries are numbered breadth
          first, so the children of one directory are consecutive and come after it.
@@ -43,7 +43,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from zlib import crc32
+from zlib import crc32 as crc32
 
 from veneer.model.errors import FormatError, LimitError
 from veneer.model.tree import (
@@ -68,6 +68,7 @@ ROOT_NODE = 1
 ROW = struct.Struct("<IIQQII")
 _HEADER = struct.Struct("<8sII16sQ32sQQQQQQQQ16s")
 _CRC = struct.Struct("<I")
+_CRC_AT = HEADER_SIZE - _CRC.size
 _RECORD = struct.Struct("<QQQQIIQQQQQQIIIIIIIIIIQQII")
 """fuse_entry_out with its fuse_attr, then fuse_dirent."""
 NAME_AT = _RECORD.size
@@ -162,7 +163,7 @@ def encode_tree(
         buffer, 0, MAGIC, VERSION, HEADER_SIZE, generation, path_number, nar_hash, nar_size, count, size,
         table_at, slots, records_at, targets_at, targets_size, _digest(buffer),
     )  # fmt: skip
-    _CRC.pack_into(buffer, _HEADER.size, crc32(memoryview(buffer)[: _HEADER.size]))
+    _CRC.pack_into(buffer, _CRC_AT, crc32(bytes(buffer[:_CRC_AT])))
     return buffer
 
 
@@ -214,7 +215,7 @@ def _measure(root: Node, nar_size: int) -> tuple[int, int, int]:
 def _check_leaf(node: Node, nar_size: int) -> int:
     """The bytes that a file or link adds to the targets."""
     if isinstance(node, RegularFile):
-        if not (0 <= node.size and 0 <= node.offset and node.offset + node.size <= nar_size < 1 << 63):
+        if min(node.size, node.offset) < 0 or not node.offset + node.size <= nar_size < 1 << 63:
             raise FormatError(
                 f"file of {node.size} bytes at {node.offset} in a NAR of {nar_size}", where=_WHERE
             )
@@ -313,7 +314,7 @@ class TreeIndex:
     """
 
     __slots__ = (
-        "_mask", "_records_at", "_records_end", "_targets_end", "_table", "_words",
+        "_mask", "_records_at", "_records_end", "_table", "_targets_end", "_words",
         "buffer", "count", "generation", "nar_hash", "nar_size", "number",
     )  # fmt: skip
 
@@ -322,7 +323,7 @@ class TreeIndex:
         length = len(buffer)
         if length < HEADER_SIZE or bytes(buffer[:8]) != MAGIC:
             raise FormatError("not a tree index", where=_WHERE)
-        if crc32(buffer[: _HEADER.size]) != _CRC.unpack_from(buffer, _HEADER.size)[0]:
+        if crc32(buffer[:_CRC_AT]) != _CRC.unpack_from(buffer, _CRC_AT)[0]:
             raise FormatError("damaged header", where=_WHERE)
         (
             _, version, header, self.generation, self.number, self.nar_hash, self.nar_size, self.count, size,
