@@ -1,0 +1,1 @@
+{"root":{"entries":{"me":{"narOffset":232,"size":59,"type":"regular"},"other":{"narOffset":480,"size":56,"type":"regular"}},"type":"directory"},"version":1}

@@ -1,0 +1,1 @@
+{"root":{"entries":{"include":{"entries":{"out.h":{"narOffset":368,"size":52,"type":"regular"}},"type":"directory"}},"type":"directory"},"version":1}

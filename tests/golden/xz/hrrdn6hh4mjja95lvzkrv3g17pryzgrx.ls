@@ -1,0 +1,1 @@
+{"root":{"target":"/nix/store/lhl1fjd483wsfb0mv79z3h3n3m30h7hx-leaf","type":"symlink"},"version":1}

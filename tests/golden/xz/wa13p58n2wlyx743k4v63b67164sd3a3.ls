@@ -1,0 +1,1 @@
+{"root":{"entries":{"lib.so":{"narOffset":232,"size":59,"type":"regular"}},"type":"directory"},"version":1}

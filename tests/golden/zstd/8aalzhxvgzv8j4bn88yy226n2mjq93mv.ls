@@ -1,0 +1,1 @@
+{"root":{"entries":{"leaf":{"narOffset":232,"size":49,"type":"regular"},"me":{"narOffset":472,"size":62,"type":"regular"}},"type":"directory"},"version":1}

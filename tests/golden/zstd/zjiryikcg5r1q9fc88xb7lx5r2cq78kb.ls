@@ -1,0 +1,1 @@
+{"root":{"entries":{},"type":"directory"},"version":1}
