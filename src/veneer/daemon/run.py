@@ -28,6 +28,7 @@ IDLE_SECONDS = 0.2
 FIRST_CLIENT_SECONDS = 30.0
 LOCK_SECONDS = 10.0
 FLUSH_SECONDS = 0.2
+SYNC_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +157,18 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
 
 
 async def _flush(cache: Cache) -> None:
-    """Commit what the index gathered, for ever; a failure ends the daemon with its error."""
+    """Commit what the index gathered and, now and then, make files safe from power loss; for ever.
+
+    A failure ends the daemon with its error.
+    """
+    turns = round(SYNC_SECONDS / FLUSH_SECONDS)
     while True:
-        await asyncio.sleep(FLUSH_SECONDS)
-        cache.index.flush()
+        for _ in range(turns):
+            await asyncio.sleep(FLUSH_SECONDS)
+            cache.index.flush()
+        batch = cache.begin_sync()
+        await asyncio.to_thread(batch.run)
+        cache.end_sync(batch)
 
 
 class _IdleEnd:

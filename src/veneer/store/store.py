@@ -153,7 +153,7 @@ class Store:
         gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run, busy=self.fetcher.busy)
         if not dry_run:
             for evicted in gone:
-                self._notices.dropped(evicted.number)
+                self._notices.dropped(evicted.path_number)
         return [(evicted.store_path, evicted.size) for evicted in gone]
 
     def _row(self, number: int) -> PathRow:
@@ -227,8 +227,7 @@ class Store:
                 except (SourceError, FormatError) as error:
                     self.stories.add(str(row.store_path), error)
                     continue
-                self.cache.trees.put(row.number, [encoded])
-                self.cache.index.set_tree(row.number, TreeState.LISTED)
+                self.cache.trees.publish(row.number, [encoded], TreeState.LISTED)
                 return True
         return False
 
@@ -251,17 +250,17 @@ class Store:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
         row = self._row(row.number)
         if row.tree != TreeState.NONE and self.cache.trees.has(row.number):
-            if self.cache.trees.path(row.number).read_bytes() != encoded:
+            if self.cache.trees.path(row.number).read_bytes() == encoded:
+                self.cache.index.set_tree(row.number, TreeState.CHECKED)
+            else:
                 error = HashMismatchError(f"the listing of {row.store_path} differs from its verified NAR")
                 now = self._clock()
                 self.cache.index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
                 row = self._condemn(row, error)
-                encoded = self._encoded(row, node)
-                self.cache.trees.put(row.number, [encoded])
+                self.cache.trees.publish(row.number, [self._encoded(row, node)], TreeState.CHECKED)
         else:
-            self.cache.trees.put(row.number, [encoded])
+            self.cache.trees.publish(row.number, [encoded], TreeState.CHECKED)
         self.cache.nars.admit(row.number, verified)
-        self.cache.index.set_tree(row.number, TreeState.CHECKED)
         self.cache.index.touch([(row.number, self._clock())])
         self._make_room()
         return row.number
@@ -277,7 +276,7 @@ class Store:
         """Evict to the cache's limit, or ``need`` bytes on a full disk; whether anything went."""
         gone = self.cache.evict(need=need, busy=self.fetcher.busy)
         for evicted in gone:
-            self._notices.dropped(evicted.number)
+            self._notices.dropped(evicted.path_number)
         return bool(gone)
 
     def _tree_done(self, number: int, task: asyncio.Task[bool]) -> None:
