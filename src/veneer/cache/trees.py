@@ -36,8 +36,10 @@ class Trees:
         """Whether the file is there, on disk."""
         return self.path(number).is_file()
 
-    def put(self, number: int, chunks: Iterable[Bytes]) -> int:
+    def put(self, number: int, chunks: Bytes | Iterable[Bytes]) -> int:
         """Writes the file, without its row; returns its size for ``Index.set_tree``. CacheError, and nothing is left."""
+        if isinstance(chunks, Bytes):
+            chunks = (chunks,)
         final = self.path(number)
         temporary = self._root / "incoming" / f"{number:012x}.{next(self._serial)}.tree"
         size = 0
@@ -60,7 +62,7 @@ class Trees:
         self._fault("tree.renamed")
         return size
 
-    def publish(self, number: int, chunks: Iterable[Bytes], state: TreeState) -> None:
+    def publish(self, number: int, chunks: Bytes | Iterable[Bytes], state: TreeState) -> None:
         """``put`` and the row."""
         self._index.set_tree(number, state, self.put(number, chunks))
         self._fault("tree.recorded")
