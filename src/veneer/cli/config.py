@@ -2,6 +2,7 @@
 
 Each setting is looked for on its own: a configuration file without sources still takes them from nix.conf. ``--cache``
 replaces all configured sources, ``--trusted-public-key`` all configured keys; with both given nix.conf is not read.
+What nix.conf does not set has Nix's own default, as for Nix.
 
 The file is TOML (``~/.config/veneer/config.toml``, for root ``/etc/veneer/config.toml``); KEYS and SOURCE_KEYS below are
 its grammar, and the reference page is made from them. Unknown keys are refused, because a misspelt one would be silent.
@@ -13,19 +14,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from veneer.cli.output import parse_size
 from veneer.model.errors import UsageError, printable
 
+if TYPE_CHECKING:
+    from veneer.formats.nix_conf import NixSettings
+
 SCHEMES = ("http", "https", "file", "s3", "gs", "az")
 NIX_SPECIAL = ("auto", "daemon", "local", "dummy")
 """Store names that nix.conf may hold and that are no binary caches."""
-DEFAULT_SUBSTITUTERS = "https://cache.nixos.org/"
-DEFAULT_KEYS = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
-"""Nix's built-in values of ``substituters`` and ``trusted-public-keys``."""
-
 Verify = Literal["strict", "deferred"]
 
 
@@ -126,19 +126,19 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
     verify: Verify = "deferred" if flags.verify == "deferred" else "strict"
 
     configured = document.get("source")
-    need_nix = not (flags.caches or configured) or not (flags.keys or "trusted-public-keys" in document)
-    nix = nix_settings(environ) if need_nix else {}
+    keys = flags.keys or _strings(document, "trusted-public-keys")
+    nix = None if (flags.caches or configured) and keys is not None else nix_settings(environ)
     if flags.caches:
         sources = tuple(SourceSetting(source_url(url), verify) for url in flags.caches)
     elif isinstance(configured, list):
         sources = tuple(_configured_source(row, flags.verify) for row in configured)
     else:
-        urls = nix.get("substituters", DEFAULT_SUBSTITUTERS).split()
-        sources = tuple(SourceSetting(source_url(u), verify) for u in urls if is_binary_cache(u))
-    keys = flags.keys or _strings(document, "trusted-public-keys")
+        assert nix is not None
+        sources = tuple(SourceSetting(source_url(u), verify) for u in nix.substituters if is_binary_cache(u))
     if keys is None:
-        keys = tuple(nix.get("trusted-public-keys", DEFAULT_KEYS).split())
-    require = document.get("require-signatures", nix.get("require-sigs", "true") != "false")
+        assert nix is not None
+        keys = nix.trusted_public_keys
+    require = document.get("require-signatures", nix.require_sigs if nix is not None else True)
     ttl = document.get("negative-ttl", 10.0)
     limit = flags.max_size if flags.max_size is not None else document.get("max-size")
     return Settings(
@@ -150,7 +150,7 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
         netrc=_text(document, "netrc-file") or _netrc(environ, nix),
         ca_file=environ.get("NIX_SSL_CERT_FILE")
         or _text(document, "ssl-cert-file")
-        or nix.get("ssl-cert-file")
+        or (nix.ssl_cert_file if nix is not None else None)
         or environ.get("SSL_CERT_FILE"),
         negative_ttl=float(ttl) if isinstance(ttl, int | float) else 10.0,
         max_bytes=parse_size(str(limit)) if limit is not None else None,
@@ -272,15 +272,33 @@ def nix_conf_files(environ: Mapping[str, str]) -> list[Path]:
     return [system, *reversed(users)]
 
 
-def nix_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The user's Nix settings: files, then NIX_CONFIG. Unreadable files count as absent, as for Nix."""
-    return {}
+def nix_settings(environ: Mapping[str, str]) -> NixSettings:
+    """The user's Nix settings: files, then NIX_CONFIG. Files that cannot be read count as absent, as for Nix."""
+    from veneer.formats.nix_conf import parse_nix_conf, settings
+
+    def text_of(name: str) -> str | None:
+        try:
+            return Path(name).read_text("utf-8", "surrogateescape")
+        except OSError:
+            return None
+
+    values: dict[str, str] = {}
+    for path in nix_conf_files(environ):
+        text = text_of(str(path))
+        if text is not None:
+            values = parse_nix_conf(text, path=str(path), include=text_of, base=values)
+    if environ.get("NIX_CONFIG"):
+        values = parse_nix_conf(environ["NIX_CONFIG"], path="NIX_CONFIG", include=text_of, base=values)
+    if "netrc-file" not in values and environ.get("NIX_CONF_DIR"):
+        values["netrc-file"] = str(Path(environ["NIX_CONF_DIR"]) / "netrc")
+    return settings(values)
 
 
-def _netrc(environ: Mapping[str, str], nix: Mapping[str, str]) -> str | None:
+def _netrc(environ: Mapping[str, str], nix: NixSettings | None) -> str | None:
+    """Nix's netrc file, if it is there: Nix takes a missing one for an empty one."""
     default = Path(environ.get("NIX_CONF_DIR") or "/etc/nix") / "netrc"
-    name = nix.get("netrc-file")
-    return name or (str(default) if os.access(default, os.R_OK) else None)
+    name = nix.netrc_file if nix is not None else str(default)
+    return name if os.access(name, os.R_OK) else None
 
 
 def _xdg(environ: Mapping[str, str], variable: str, default: str) -> Path:

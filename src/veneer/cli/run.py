@@ -1,0 +1,172 @@
+"""``veneer run``: a command with the whole of the binary caches under /nix/store.
+
+The slow half of starting (the daemon: sources, cryptography, the index) goes on in parallel and nobody waits for it
+unless something is missing from the cache; this module imports none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from veneer.cli.client import Client, connect
+from veneer.cli.config import Flags, Settings, load_settings
+from veneer.cli.options import json_option, quiet_option, settings_flags
+from veneer.cli.output import Output
+from veneer.cli.private_daemon import make_cache_dir, start
+from veneer.cli.run_report import closing_line, combine, touched
+from veneer.model.errors import UsageError, VeneerError, printable
+from veneer.model.store_path import DEFAULT_STORE_DIR
+
+FIGURES_SECONDS = 5.0
+"""How long the closing figures may take; without them the line says less."""
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND [ARG...]]")
+@settings_flags(max_size=True)
+@click.option(
+    "--name", metavar="ENV", help="Keep what is written to the store, under this name [default: dropped]."
+)
+@click.option("--report", metavar="FILE", help="Write what was touched and fetched, per store path, as JSON.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a read may wait for missing content before it fails.",
+)
+@quiet_option("No closing line.")
+@json_option("The closing figures, and errors, as JSON on stderr; stdout is the command's.")
+@click.pass_obj
+def run(
+    output: Output,
+    flags: Flags,
+    command: tuple[str, ...],
+    name: str | None,
+    report: str | None,
+    patience: float,
+) -> int:
+    """Run a command with the whole of your binary caches under /nix/store.
+
+    Every store path of the caches is there at once; bytes are fetched, verified and kept when something reads them.
+    Without COMMAND: your shell. Options of veneer stand before COMMAND. Its status is passed on, its death by a signal
+    too; 125 is a failure of veneer's own.
+
+    \b
+    Examples:
+      veneer run --cache https://cache.example.org -- /nix/store/…-hello/bin/hello
+      veneer run --name dev
+    """
+    from veneer import environment
+
+    settings = load_settings(flags)
+    words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
+    if name is not None and not _is_name(name):
+        raise UsageError(
+            f"not a name for an environment: {printable(name)!r}", hint="letters, digits and . _ - only"
+        )
+    session = os.urandom(8).hex()
+    make_cache_dir(settings.cache_dir)
+    began = time.monotonic()
+    with _daemon(settings, session, output) as client:
+        outcome = environment.run(
+            environment.RunSpec(
+                command=words,
+                cache_root=settings.cache_dir,
+                view=settings.view(session),
+                store_dir=DEFAULT_STORE_DIR,
+                name=name,
+                environments_root=settings.environments_dir,
+                miss_seconds=patience,
+            )
+        )
+        figures = _figures(client, outcome.report, output) if report or not output.quiet else None
+    document = combine(words, outcome.status, time.monotonic() - began, outcome.report, figures)
+    if report is not None:
+        _write_report(report, document)
+    if output.json:
+        output.stderr.write(json.dumps(document) + "\n")
+    else:
+        output.note(closing_line(document))
+    return _end_as(outcome.status)
+
+
+@contextlib.contextmanager
+def _daemon(settings: Settings, session: str, output: Output) -> Iterator[Client]:
+    """A client of the running daemon, or of one that is starting; a daemon that dies says so at once."""
+    client = connect(settings.cache_dir, settings.view(session))
+    if client is not None:
+        with client:
+            yield client
+        return
+    daemon = start(settings, session)
+    ours = os.getpid()
+    told = False
+
+    def check(_number: int = 0, _frame: FrameType | None = None) -> None:
+        nonlocal told
+        if os.getpid() == ours and not told and (error := daemon.failure()) is not None:
+            told = True
+            output.error(error)
+
+    before = signal.signal(signal.SIGCHLD, check)
+    try:
+        with daemon.client:
+            yield daemon.client
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        check()
+
+
+def _figures(client: Client, mount: Mapping[str, object], output: Output) -> dict[str, object] | None:
+    """The daemon's account of this run; None when nothing was touched or it cannot tell."""
+    names = touched(mount)
+    if not names:
+        return None
+    try:
+        with contextlib.suppress(
+            VeneerError
+        ):  # a path of the closure is missing in the caches: count what is known
+            client.control("closure", {"paths": names}, seconds=FIGURES_SECONDS)
+        return client.control("report", seconds=FIGURES_SECONDS)
+    except VeneerError as error:
+        output.note(f"no figures from the daemon: {error.story()}")
+        return None
+
+
+def _write_report(name: str, document: Mapping[str, object]) -> None:
+    try:
+        Path(name).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise VeneerError(f"cannot write the report: {error.strerror}", where=name) from error
+
+
+def _is_name(name: str) -> bool:
+    return (
+        name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        and name[0] not in ".-"
+        and name.isascii()
+    )
+
+
+def _end_as(status: int) -> int:
+    """The status to exit with; for a command that died by a signal (negative), die by it."""
+    if status >= 0:
+        return status
+    number = -status
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped already
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    return 128 + number

@@ -1,0 +1,156 @@
+"""Settings: what goes before what, and what a misspelt configuration says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from veneer.cli.config import Flags, load_settings, nix_conf_files, source_url
+from veneer.model.errors import UsageError
+
+NIX_CONF = "substituters = https://one.example s3://bucket?region=x ssh://builder daemon\ntrusted-public-keys = a-1:AA b-1:BB\n"
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """A user with nothing configured."""
+    return {
+        "HOME": str(tmp_path / "home"),
+        "NIX_CONF_DIR": str(tmp_path / "nix"),
+        "XDG_CONFIG_DIRS": str(tmp_path / "xdg"),
+    }
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_without_any_configuration_nix_defaults_hold(environ: dict[str, str]) -> None:
+    settings = load_settings(Flags(), environ, uid=1000)
+    assert [s.url for s in settings.sources] == ["https://cache.nixos.org/"]
+    assert settings.keys[0].startswith("cache.nixos.org-1:")
+    assert settings.require_signatures
+    assert settings.cache_dir == Path(environ["HOME"], ".cache/veneer")
+    assert settings.environments_dir == Path(environ["HOME"], ".local/state/veneer/environments")
+
+
+def test_root_has_system_directories(environ: dict[str, str], tmp_path: Path) -> None:
+    settings = load_settings(Flags(config_file=str(write(tmp_path / "c", ""))), environ, uid=0)
+    assert settings.cache_dir == Path("/var/cache/veneer")
+    assert settings.environments_dir == Path("/var/lib/veneer/environments")
+
+
+def test_xdg_directories_are_honoured(environ: dict[str, str]) -> None:
+    xdg = {"XDG_CACHE_HOME": "/c", "XDG_STATE_HOME": "/s", "XDG_CONFIG_HOME": "relative is ignored"}
+    settings = load_settings(Flags(), environ | xdg, uid=1000)
+    assert (settings.cache_dir, settings.environments_dir) == (Path("/c/veneer"), Path("/s/veneer/environments"))
+
+
+def test_sources_and_keys_come_from_nix_conf(environ: dict[str, str], tmp_path: Path) -> None:
+    write(tmp_path / "nix/nix.conf", NIX_CONF)
+    write(tmp_path / "nix/netrc", "")
+    settings = load_settings(Flags(), environ, uid=1000)
+    assert [s.url for s in settings.sources] == ["https://one.example", "s3://bucket?region=x"]
+    assert settings.keys == ("a-1:AA", "b-1:BB")
+    assert settings.netrc == str(tmp_path / "nix/netrc")
+
+
+def test_user_files_add_to_the_system_file_and_nix_config_has_the_last_word(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    write(tmp_path / "nix/nix.conf", NIX_CONF)
+    write(tmp_path / "home/.config/nix/nix.conf", "extra-substituters = https://two.example\n")
+    environ["NIX_CONFIG"] = "require-sigs = false"
+    settings = load_settings(Flags(), environ, uid=1000)
+    assert [s.url for s in settings.sources][-1] == "https://two.example"
+    assert not settings.require_signatures
+
+
+def test_nix_user_conf_files_replace_the_usual_places(environ: dict[str, str], tmp_path: Path) -> None:
+    environ["NIX_USER_CONF_FILES"] = "/first:/second"
+    assert nix_conf_files(environ) == [tmp_path / "nix/nix.conf", Path("/second"), Path("/first")]
+
+
+def test_given_caches_and_keys_replace_all_others_and_nix_conf_is_not_read(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    write(tmp_path / "nix/nix.conf", "this is not a nix.conf")
+    settings = load_settings(Flags(caches=("http://a",), keys=("k:K",), verify="deferred"), environ, uid=1000)
+    assert settings.view("s")["sources"] == [{"url": "http://a", "verify": "deferred"}]
+    assert settings.keys == ("k:K",)
+    assert settings.view("s")["session"] == "s"
+
+
+def test_the_configuration_file_goes_before_nix_conf(environ: dict[str, str], tmp_path: Path) -> None:
+    write(tmp_path / "nix/nix.conf", NIX_CONF)
+    write(
+        tmp_path / "home/.config/veneer/config.toml",
+        'max-size = "2G"\nnegative-ttl = 3\nrequire-signatures = false\ncache-dir = "~/c"\n[[source]]\n'
+        'url = "https://a.example?x=y"\npriority = 3\ntrusted = true\nverify = "deferred"\n[[source]]\nurl = "/srv/c"\n',
+    )
+    settings = load_settings(Flags(), environ, uid=1000)
+    assert [(s.url, s.verify) for s in settings.sources] == [
+        ("https://a.example?x=y&priority=3&trusted=true", "deferred"),
+        ("file:///srv/c", "strict"),
+    ]
+    assert settings.keys == ("a-1:AA", "b-1:BB")
+    assert (settings.max_bytes, settings.negative_ttl, settings.require_signatures) == (2 << 30, 3.0, False)
+
+
+def test_flags_go_before_the_configuration_file(environ: dict[str, str], tmp_path: Path) -> None:
+    config = write(tmp_path / "c.toml", 'max-size = 5\ncache-dir = "/a"\n')
+    flags = Flags(cache_dir="/b", max_size="6", config_file=str(config))
+    settings = load_settings(flags, environ, uid=1000)
+    assert (settings.cache_dir, settings.max_bytes) == (Path("/b"), 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("max-sise = 1", "unknown key 'max-sise'", "did you mean max-size?"),
+        ("max-size = true", "max-size must be string or integer", ""),
+        ("trusted-public-keys = [1]", "trusted-public-keys must be strings", ""),
+        ("source = [1]", "source must be tables", "write [[source]]"),
+        ("[[source]]\npriority = 1", "a source without url", "url ="),
+        ('[[source]]\nurl = "a"\nverify = "no"', "verify must be strict or deferred", ""),
+        ('[[source]]\nurl = "a"\nkind = "b"', "unknown key 'kind'", "known keys"),
+        ("= 1", "not TOML", ""),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_its_place(
+    environ: dict[str, str], tmp_path: Path, text: str, what: str, hint: str
+) -> None:
+    config = write(tmp_path / "c.toml", text)
+    with pytest.raises(UsageError) as caught:
+        load_settings(Flags(config_file=str(config)), environ, uid=1000)
+    assert what in caught.value.what
+    assert str(config) in caught.value.where
+    assert hint in caught.value.hint
+
+
+def test_a_named_configuration_file_must_be_there(environ: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="no such configuration file"):
+        load_settings(Flags(config_file="/no/such"), environ, uid=1000)
+
+
+def test_nix_ssl_cert_file_goes_first(environ: dict[str, str], tmp_path: Path) -> None:
+    write(tmp_path / "nix/nix.conf", "ssl-cert-file = /from/conf\n")
+    environ["SSL_CERT_FILE"] = "/last"
+    assert load_settings(Flags(), environ, uid=1000).ca_file == "/from/conf"
+    environ["NIX_SSL_CERT_FILE"] = "/first"
+    assert load_settings(Flags(), environ, uid=1000).ca_file == "/first"
+
+
+def test_a_directory_is_a_cache_wherever_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source_url("my cache?trusted=true") == f"file://{tmp_path}/my%20cache?trusted=true"
+
+
+@pytest.mark.parametrize("text", ["ssh://host", "unix:///x", "daemon", "auto"])
+def test_what_is_no_binary_cache_is_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        source_url(text)
+    assert "https" in caught.value.hint
