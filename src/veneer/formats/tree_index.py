@@ -349,7 +349,7 @@ class TreeIndex:
 
     # What the mount server asks.
 
-    def lookup(self, parent: int, name: bytes) -> int:
+    def lookup(self, parent: int, name: bytes | bytearray) -> int:
         """File offset of a child's record, whose first 128 bytes answer LOOKUP; 0: no such name."""
         table = self._table
         mask = self._mask
@@ -522,7 +522,7 @@ class TreeIndex:
             raise FormatError("damaged name", where=_WHERE)
         return bytes(self.buffer[record + NAME_AT : record + NAME_AT + length])
 
-    def _search(self, parent: int, name: bytes) -> int:
+    def _search(self, parent: int, name: bytes | bytearray) -> int:
         """As ``lookup``, by halving the children; for names whose table neighbourhood is full."""
         _, _, first, count = self._directory(parent)
         at = bisect_left(range(first, first + count), name, key=lambda n: self._name(self.record(n)))

@@ -1,0 +1,76 @@
+"""``python -m veneer.mount``: the mount server as a process, started by whoever mounted.
+
+    --fuse-fd N      /dev/fuse, mounted already or about to be
+    --cache-fd N     the cache directory
+    --view-file F    JSON of the view; without it, the daemon's default
+    --report-fd N    where the report goes, as one line of JSON, at the end
+    --miss-seconds S how long a read waits for the daemon at most
+
+Ends with 0 when unmounted or on SIGTERM. It ignores SIGINT and SIGHUP: those are meant for the command in the
+environment, which still reads files while it handles them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from veneer.model.errors import UsageError, VeneerError
+
+from .misses import MISS_SECONDS
+from .server import MountServer
+
+_OPTIONS = ("--fuse-fd", "--cache-fd", "--view-file", "--report-fd", "--miss-seconds", "--threads")
+
+
+def main(arguments: list[str]) -> int:
+    """The process's exit status. Options are taken apart by hand: argparse costs a tenth of the start."""
+    try:
+        options = _parse(arguments)
+        view = None
+        if "--view-file" in options:
+            view = json.loads(Path(options["--view-file"]).read_bytes())
+        server = MountServer(
+            int(options["--fuse-fd"]),
+            int(options["--cache-fd"]),
+            view,
+            threads=int(options.get("--threads", "2")),
+            miss_seconds=float(options.get("--miss-seconds", MISS_SECONDS)),
+        )
+    except VeneerError as error:
+        sys.stderr.write(f"veneer mount: {error}\n")
+        return error.exit_code
+    except (OSError, ValueError, KeyError) as error:
+        sys.stderr.write(f"veneer mount: {type(error).__name__}: {error}\n")
+        return UsageError.exit_code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    try:
+        server.run()
+    finally:
+        if "--report-fd" in options:
+            with os.fdopen(int(options["--report-fd"]), "wb") as out:
+                out.write(json.dumps(server.report()).encode() + b"\n")
+    return 0
+
+
+def _parse(arguments: list[str]) -> dict[str, str]:
+    options = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in _OPTIONS:
+            raise UsageError(f"unknown option {name}")
+        options[name] = value if equals else next(words, "")
+    return options
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads in read(2) on the device cannot be woken, and need nothing any more
