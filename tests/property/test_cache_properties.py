@@ -20,7 +20,7 @@ from tests.support.caches import (
 )
 
 from veneer.cache.eviction import Candidate, excess, plan
-from veneer.cache.index import NarState, PathRow, TreeState, Unsynced
+from veneer.cache.index import FileRow, NarState, PathRow, TreeState, Unsynced
 from veneer.cache.recovery import FoundFile, Rehash, Remove, Reset
 from veneer.cache.recovery import plan as recovery_plan
 from veneer.formats.tree_index import nar_file, tree_file
@@ -68,25 +68,12 @@ def test_after_the_excess_is_gone_the_need_fits(
 
 
 @st.composite
-def disk(draw: st.DrawFn) -> tuple[list[PathRow], list[FoundFile], list[Unsynced]]:
+def disk(draw: st.DrawFn) -> tuple[list[FileRow], list[FoundFile], list[Unsynced]]:
     rows = []
     found: dict[str, int] = {}
     for number in range(1, draw(st.integers(1, 8))):
-        tree_size, nar = draw(st.sampled_from([0, 50])), draw(st.booleans())
-        rows.append(
-            PathRow(
-                number,
-                store_path(number),
-                nar_hash(number),
-                100,
-                TreeState.LISTED if tree_size else TreeState.NONE,
-                NarState.WHOLE if nar else NarState.NONE,
-                1.0,
-                draw(st.integers(0, 5)) == 0,
-                4096 if nar else 0,
-                tree_size,
-            )
-        )
+        tree, nar, retired = draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 5)) == 0
+        rows.append(FileRow(number, tree, nar, 50, 100, retired))
         for name, size in ((tree_file(number), 50), (nar_file(number), 100)):
             if draw(st.booleans()):
                 found[name] = draw(st.sampled_from([size, size, 0, size + 1]))
@@ -104,7 +91,7 @@ def disk(draw: st.DrawFn) -> tuple[list[PathRow], list[FoundFile], list[Unsynced
 
 @given(disk(), st.integers(0, 500))
 def test_after_recovery_rows_and_files_agree(
-    state: tuple[list[PathRow], list[FoundFile], list[Unsynced]], budget: int
+    state: tuple[list[FileRow], list[FoundFile], list[Unsynced]], budget: int
 ) -> None:
     rows, found, doubtful = state
     steps = recovery_plan(rows, found, doubtful=doubtful, rehash_bytes=budget)
@@ -115,12 +102,12 @@ def test_after_recovery_rows_and_files_agree(
     reset = {(step.number, step.kind) for step in steps if isinstance(step, Reset)}
     wanted = {}
     for path in rows:
-        if path.tree is not TreeState.NONE and (path.number, "tree") not in reset:
+        if path.has_tree and (path.number, "tree") not in reset:
             wanted[tree_file(path.number)] = path.tree_size
-        if path.nar is NarState.WHOLE and (path.number, "nar") not in reset:
+        if path.has_nar and (path.number, "nar") not in reset:
             wanted[nar_file(path.number)] = path.nar_size
     assert left == wanted
-    rehashed = {(step.row.number, step.kind) for step in steps if isinstance(step, Rehash)}
+    rehashed = {(step.number, step.kind) for step in steps if isinstance(step, Rehash)}
     assert sum(100 for _, kind in rehashed if kind == "nar") <= budget
     for file in doubtful:  # nothing doubtful is kept without a look
         name = (nar_file if file.kind == "nar" else tree_file)(file.number)

@@ -21,7 +21,7 @@ from veneer.formats import tree_index
 from veneer.model.store_path import StorePath
 
 from . import directory, eviction, recovery
-from .index import DamagedIndexError, Index, PathRow, Unsynced, checkpoint, damage_mark
+from .index import DamagedIndexError, Index, Unsynced, checkpoint, damage_mark
 from .nars import Nars
 from .trees import Trees
 
@@ -255,8 +255,7 @@ class Cache:
             index.forget_files(trees=[row.number for row in index.with_files()])
             index.set_fact("tree_format", tree_format)
         doubtful = index.unsynced() if power_lost else []
-        rows: Iterable[PathRow] = index.with_files()
-        steps = recovery.plan(rows, recovery.scan(self.root), doubtful=doubtful)
+        steps = recovery.plan(index.with_files(), recovery.scan(self.root), doubtful=doubtful)
         recovery.act(self.root, index, steps)
         index.mark_synced(doubtful)  # what was read back came from the disk; what differed is gone
         if boot != index.fact("boot"):

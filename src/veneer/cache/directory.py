@@ -79,6 +79,15 @@ def make_parent(file: Path) -> None:
     _make(file.parent, above.stat().st_mode & 0o777)
 
 
+def rename_published(temporary: Path, final: Path) -> None:
+    """Gives a finished file its name below ``trees/xx`` or ``nars/xx``, making that directory if need be. OSError."""
+    try:
+        temporary.rename(final)
+    except FileNotFoundError:
+        make_parent(final)
+        temporary.rename(final)
+
+
 def _make(directory: Path, mode: int) -> None:
     directory.mkdir(exist_ok=True)
     _set_mode(directory, directory.lstat().st_mode, mode)

@@ -31,9 +31,9 @@ from veneer.model.store_path import StorePath
 
 from . import migrations
 from .directory import cache_error
-from .rows import NarinfoRow, NarState, PathRow, Totals, TreeState, Unsynced
+from .rows import FileRow, NarinfoRow, NarState, PathRow, Totals, TreeState, Unsynced
 
-__all__ = ["Index", "NarState", "NarinfoRow", "PathRow", "Totals", "TreeState", "Unsynced"]
+__all__ = ["FileRow", "Index", "NarState", "NarinfoRow", "PathRow", "Totals", "TreeState", "Unsynced"]
 
 BASES = (1 << 20, 1 << 31)
 """Range of a new index's first path number; numbers stay below 2^32."""
@@ -355,9 +355,10 @@ class Index:
         sql = f"SELECT {_COLUMNS} FROM paths WHERE tree <> 0 AND nar = 0 AND last_used < ? ORDER BY last_used"
         yield from map(_row, self._each(sql, (before,)))
 
-    def with_files(self) -> Iterator[PathRow]:
+    def with_files(self) -> Iterator[FileRow]:
         """Every path that should have a file."""
-        yield from map(_row, self._each(f"SELECT {_COLUMNS} FROM paths WHERE tree <> 0 OR nar <> 0"))
+        sql = "SELECT number, tree, nar, tree_size, nar_size, quarantined FROM paths WHERE tree <> 0 OR nar <> 0"
+        return map(FileRow._make, self._each(sql))
 
     def unsynced(self) -> list[Unsynced]:
         return [Unsynced(*c) for c in self._all("SELECT number, kind, serial FROM unsynced ORDER BY serial")]

@@ -27,7 +27,7 @@ from veneer.formats.tree_index import nar_file
 from veneer.model.errors import CacheError, CacheFullError
 from veneer.model.hashes import Hash
 
-from .directory import cache_error, make_parent
+from .directory import cache_error, make_parent, rename_published
 from .index import Index, NarState
 
 PART = ".part"
@@ -126,7 +126,10 @@ class Nars:
         """A file for a deferred download, readable by mount servers while it grows."""
         self._room(nar_size)
         path = self.path(number)
-        _make_parent(path)
+        try:
+            make_parent(path)
+        except OSError as error:
+            raise cache_error(error, path.parent, "write to") from error
         return IncomingNar(path.with_name(path.name + PART), number, 0o444)
 
     def admit(self, number: int, verified: VerifiedNar) -> None:
@@ -140,11 +143,10 @@ class Nars:
             if (verified.nar_hash, verified.nar_size, size) != (row.nar_hash, row.nar_size, row.nar_size):
                 raise CacheError(f"the NAR is not the one of {row.store_path}", where=str(incoming.path))
             final = self.path(number)
-            _make_parent(final)
             self._fault("nar.before_rename")
             try:
                 os.fchmod(incoming.fileno, 0o444)
-                incoming.path.rename(final)
+                rename_published(incoming.path, final)
             except OSError as error:
                 raise cache_error(error, final, "write to") from error
         except BaseException:
@@ -206,13 +208,6 @@ class Nars:
                 where=str(self._root),
                 hint="make room, or lower the cache's limit: veneer gc --max-size",
             )
-
-
-def _make_parent(path: Path) -> None:
-    try:
-        make_parent(path)
-    except OSError as error:
-        raise cache_error(error, path.parent, "write to") from error
 
 
 def _unlink(path: Path) -> None:

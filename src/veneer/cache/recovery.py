@@ -20,7 +20,7 @@ from veneer.formats.tree_index import TreeIndex, nar_file, tree_file
 from veneer.model.errors import FormatError
 
 from .directory import PUBLISHED, cache_error
-from .index import Index, NarState, PathRow, TreeState, Unsynced
+from .index import FileRow, Index, Unsynced
 
 REHASH_BYTES = 1 << 30
 """NAR bytes hashed at most at a start after a power loss: about a second or two."""
@@ -54,7 +54,7 @@ class Reset:
 class Rehash:
     """Read this file; Remove and Reset unless it is what the row says."""
 
-    row: PathRow
+    number: int
     kind: str
 
 
@@ -62,7 +62,7 @@ Step = Remove | Reset | Rehash
 
 
 def plan(
-    rows: Iterable[PathRow],
+    rows: Iterable[FileRow],
     files: Iterable[FoundFile],
     *,
     doubtful: Iterable[Unsynced] = (),
@@ -75,7 +75,7 @@ def plan(
     found = {file.name: file.size for file in files}
     steps: list[Step] = []
     wanted: set[str] = set()
-    kept: dict[tuple[int, str], PathRow] = {}
+    kept: dict[tuple[int, str], FileRow] = {}
     for row in rows:
         for kind, name, right_size in _files_of(row):
             size = found.get(name)
@@ -91,7 +91,7 @@ def plan(
         if file.kind == "nar":
             rehash_bytes -= doubted.nar_size
         if file.kind == "tree" or rehash_bytes >= 0:
-            steps.append(Rehash(doubted, file.kind))
+            steps.append(Rehash(file.number, file.kind))
         else:
             wanted.discard(nar_file(file.number))
             steps.append(Reset(file.number, "nar"))
@@ -99,11 +99,11 @@ def plan(
     return steps
 
 
-def _files_of(row: PathRow) -> Iterator[tuple[str, str, int | None]]:
+def _files_of(row: FileRow) -> Iterator[tuple[str, str, int | None]]:
     """(kind, file name, size or None for not known) of what the row says is there."""
-    if row.tree is not TreeState.NONE:
+    if row.has_tree:
         yield "tree", tree_file(row.number), row.tree_size or None
-    if row.nar is not NarState.NONE:
+    if row.has_nar:
         yield "nar", nar_file(row.number), row.nar_size
 
 
@@ -137,10 +137,9 @@ def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
                 (root / step.name).unlink(missing_ok=True)
             elif isinstance(step, Reset):
                 resets.append(step)
-            elif not _is_whole(root, step, index.generation):
-                name = nar_file(step.row.number) if step.kind == "nar" else tree_file(step.row.number)
-                (root / name).unlink(missing_ok=True)
-                resets.append(Reset(step.row.number, step.kind))
+            elif not _is_whole(root, index, step):
+                (root / _name(step)).unlink(missing_ok=True)
+                resets.append(Reset(step.number, step.kind))
     except OSError as error:
         raise cache_error(error, error.filename or root, "repair") from error
     if resets:
@@ -150,17 +149,23 @@ def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
         )
 
 
-def _is_whole(root: Path, step: Rehash, generation: bytes) -> bool:
-    row = step.row
-    try:
-        if step.kind == "tree":
-            tree = TreeIndex((root / tree_file(row.number)).read_bytes())
-            tree.verify()
-            return bool(tree.number == row.number and tree.generation == generation)
-        hasher = row.nar_hash.hasher()
-        with open(root / nar_file(row.number), "rb", buffering=0) as file:
-            while piece := file.read(_PIECE):
-                hasher.update(piece)
-        return hasher.digest() == row.nar_hash.digest
-    except FormatError:
+def _name(step: Rehash) -> str:
+    return nar_file(step.number) if step.kind == "nar" else tree_file(step.number)
+
+
+def _is_whole(root: Path, index: Index, step: Rehash) -> bool:
+    row = index.path(step.number)
+    if row is None:
         return False
+    with open(root / _name(step), "rb", buffering=0) as file:
+        if step.kind == "tree":
+            try:
+                tree = TreeIndex(file.read())
+                tree.verify()
+            except FormatError:
+                return False
+            return bool(tree.number == row.number and tree.generation == index.generation)
+        hasher = row.nar_hash.hasher()
+        while piece := file.read(_PIECE):
+            hasher.update(piece)
+    return hasher.digest() == row.nar_hash.digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from veneer.model.hashes import Hash
 from veneer.model.store_path import StorePath
@@ -44,6 +45,17 @@ class PathRow:
     quarantined: bool
     disk_size: int
     tree_size: int
+
+
+class FileRow(NamedTuple):
+    """What a row says about its files, for recovery (a tuple: every start makes one per path)."""
+
+    number: int
+    has_tree: bool
+    has_nar: bool
+    tree_size: int
+    nar_size: int
+    quarantined: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from veneer.formats.tree_index import tree_file
 
-from .directory import cache_error, make_parent
+from .directory import cache_error, rename_published
 from .index import Index, TreeState
 
 Bytes = bytes | bytearray | memoryview
@@ -44,16 +44,18 @@ class Trees:
         temporary = self._root / "incoming" / f"{number:012x}.{next(self._serial)}.tree"
         size = 0
         try:
-            make_parent(final)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
             try:
-                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                with open(fd, "wb") as file:
+                with open(fd, "wb", buffering=0) as file:
                     for chunk in chunks:
-                        size += file.write(chunk)
-                    file.flush()
-                    os.fchmod(fd, 0o444)
+                        rest = memoryview(chunk)
+                        while rest:
+                            written = file.write(rest)
+                            rest = rest[written:]
+                            size += written
+                    os.fchmod(fd, 0o444)  # whatever the umask
                 self._fault("tree.before_rename")
-                temporary.rename(final)
+                rename_published(temporary, final)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise

@@ -18,6 +18,7 @@ from tests.support.caches import (
     files,
     nar_bytes,
     open_cache,
+    row,
     tree_bytes,
     verified,
 )
@@ -98,7 +99,8 @@ def _tell(fd: int, number: int, name: str) -> None:
 def assert_agreeing(cache: Cache) -> None:
     """Every row's file is there and whole, and there is no other file."""
     wanted = set()
-    for path in cache.index.with_files():
+    for row_of_files in cache.index.with_files():
+        path = row(cache, row_of_files.number)
         assert not path.quarantined
         if path.nar is NarState.WHOLE:
             wanted.add(nar_file(path.number))

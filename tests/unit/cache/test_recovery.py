@@ -12,33 +12,20 @@ from tests.support.caches import (
     add_row,
     add_tree,
     files,
-    nar_hash,
     open_cache,
     row,
-    store_path,
     tree_bytes,
 )
 
 from veneer.cache.cache import Repaired
-from veneer.cache.index import NarState, PathRow, TreeState, Unsynced
+from veneer.cache.index import FileRow, NarState, TreeState, Unsynced
 from veneer.cache.recovery import FoundFile, Rehash, Remove, Reset, plan
 from veneer.formats.tree_index import nar_file, tree_file
 from veneer.model.errors import CacheError
 
 
-def a_row(number: int, *, tree: int = 0, nar: int = 0, quarantined: bool = False) -> PathRow:
-    return PathRow(
-        number=number,
-        store_path=store_path(number),
-        nar_hash=nar_hash(number),
-        nar_size=100,
-        tree=TreeState.CHECKED if tree else TreeState.NONE,
-        nar=NarState.WHOLE if nar else NarState.NONE,
-        last_used=1.0,
-        quarantined=quarantined,
-        disk_size=4096 if nar else 0,
-        tree_size=tree,
-    )
+def a_row(number: int, *, tree: int = 0, nar: int = 0, quarantined: bool = False) -> FileRow:
+    return FileRow(number, tree != 0, nar != 0, tree, 100, quarantined)
 
 
 def nar(number: int, size: int = 100) -> FoundFile:
@@ -76,7 +63,7 @@ def test_plan_rehashes_the_newest_doubtful_nars_and_drops_what_is_too_much() -> 
     rows = [a_row(n, nar=1) for n in (1, 2, 3)]
     doubtful = [Unsynced(n, "nar", n) for n in (1, 2, 3, 4)]
     steps = plan(rows, [nar(1), nar(2), nar(3)], doubtful=doubtful, rehash_bytes=200)
-    assert steps == [Rehash(rows[2], "nar"), Rehash(rows[1], "nar"), Reset(1, "nar"), Remove(nar_file(1))]
+    assert steps == [Rehash(3, "nar"), Rehash(2, "nar"), Reset(1, "nar"), Remove(nar_file(1))]
 
 
 def test_clean_start_finds_nothing_to_do(tmp_path: Path) -> None:
