@@ -153,9 +153,9 @@ def _document(body: bytes) -> dict[str, object]:
     try:
         document = json.loads(body)
     except ValueError as error:
-        raise FormatError("not JSON", where="request protocol") from error
+        raise DaemonError("the daemon broke the protocol: not JSON") from error
     if not isinstance(document, dict):
-        raise FormatError("not a JSON object", where="request protocol")
+        raise DaemonError("the daemon broke the protocol: not a JSON object")
     return document
 
 

@@ -23,9 +23,8 @@ from veneer.cli.config import Flags, Settings, load_settings
 from veneer.cli.options import json_option, quiet_option, settings_flags
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import make_cache_dir, start
-from veneer.cli.run_report import closing_line, combine, touched
-from veneer.model.errors import UsageError, VeneerError, printable
-from veneer.model.store_path import DEFAULT_STORE_DIR
+from veneer.cli.run_report import closing_line, combine, touched, troubles
+from veneer.model.errors import VeneerError
 
 FIGURES_SECONDS = 5.0
 """How long the closing figures may take; without them the line says less."""
@@ -41,7 +40,7 @@ FIGURES_SECONDS = 5.0
 @click.option(
     "--patience",
     type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
+    default=300.0,
     show_default=True,
     metavar="SECONDS",
     help="How long a read may wait for missing content before it fails.",
@@ -72,23 +71,20 @@ def run(
 
     settings = load_settings(flags)
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
-    if name is not None and not _is_name(name):
-        raise UsageError(
-            f"not a name for an environment: {printable(name)!r}", hint="letters, digits and . _ - only"
-        )
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
     began = time.monotonic()
     with _daemon(settings, session, output) as client:
         outcome = environment.run(
             environment.RunSpec(
-                command=words,
+                command=tuple(words),
                 cache_root=settings.cache_dir,
                 view=settings.view(session),
-                store_dir=DEFAULT_STORE_DIR,
-                name=name,
                 environments_root=settings.environments_dir,
                 miss_seconds=patience,
+                environ=os.environ,
+                cwd=str(Path.cwd()),
+                name=name,
             )
         )
         figures = _figures(client, outcome.report, output) if report or not output.quiet else None
@@ -98,6 +94,8 @@ def run(
     if output.json:
         output.stderr.write(json.dumps(document) + "\n")
     else:
+        for line in troubles(outcome.report):
+            output.note(line)
         output.note(closing_line(document))
     return _end_as(outcome.status)
 
@@ -150,14 +148,6 @@ def _write_report(name: str, document: Mapping[str, object]) -> None:
         Path(name).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     except OSError as error:
         raise VeneerError(f"cannot write the report: {error.strerror}", where=name) from error
-
-
-def _is_name(name: str) -> bool:
-    return (
-        name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-        and name[0] not in ".-"
-        and name.isascii()
-    )
 
 
 def _end_as(status: int) -> int:

@@ -7,7 +7,9 @@ The document of ``veneer run --report``; times in seconds, sizes in bytes:
      "fetched": n                                    (over the wire, metadata included)
      "requests": n, "waited": float, "touched": n,
      "paths": {base name: {"touched": bool, "bytes": n read by the kernel, "first_touch": seconds after the start or null,
-                           "wait": float, "fetched": n over the wire, "fetched_nar": n}}}
+                           "wait": float, "fetched": n over the wire, "fetched_nar": n}},
+     "failures": [{"at": seconds since the epoch, "errno", "where", "why"}]    (the last ones that readers met)
+     "failure_count": n, "warnings": [sentence, ...]}
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from veneer.cli.output import count, format_seconds, format_size, number
+from veneer.model.errors import printable
+
+SHOWN_FAILURES = 5
 
 Document = Mapping[str, object]
 
@@ -43,6 +48,9 @@ def combine(
         "waited": round(sum(_seconds(row, "wait_seconds") for row in served.values()), 6),
         "touched": sum(1 for row in paths.values() if row["touched"]),
         "paths": paths,
+        "failures": list(_list(mount, "failures")),
+        "failure_count": number(mount, "failure_count"),
+        "warnings": [str(text) for text in _list(mount, "warnings")],
     }
 
 
@@ -60,6 +68,25 @@ def closing_line(report: Document) -> str:
         f"closure {format_size(number(closure, 'bytes'))} in {count(number(closure, 'paths'), 'path')},"
         f" fetched {fetched} ({share:.1%}), touched {count(paths, 'path')}, {waited}"
     )
+
+
+def troubles(mount: Document) -> list[str]:
+    """What went wrong underneath the command, one line each: it may have seen only an I/O error."""
+    lines = [str(text) for text in _list(mount, "warnings")]
+    if mount.get("mount_server_ended"):
+        lines.append(f"the mount server ended before the command: {mount['mount_server_ended']}")
+    failures = [row for row in _list(mount, "failures") if isinstance(row, dict)]
+    shown = failures[-SHOWN_FAILURES:]
+    lines += [f"{row.get('errno')} on {row.get('where')}: {row.get('why')}" for row in shown]
+    more = number(mount, "failure_count") - len(shown)
+    if more > 0:
+        lines.append(f"and {count(more, 'earlier failure')}")
+    return [printable(line) for line in lines]
+
+
+def _list(document: Document, key: str) -> list[object]:
+    value = document.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _path(served: Document, moved: Document) -> dict[str, object]:

@@ -46,7 +46,10 @@ def test_root_has_system_directories(environ: dict[str, str], tmp_path: Path) ->
 def test_xdg_directories_are_honoured(environ: dict[str, str]) -> None:
     xdg = {"XDG_CACHE_HOME": "/c", "XDG_STATE_HOME": "/s", "XDG_CONFIG_HOME": "relative is ignored"}
     settings = load_settings(Flags(), environ | xdg, uid=1000)
-    assert (settings.cache_dir, settings.environments_dir) == (Path("/c/veneer"), Path("/s/veneer/environments"))
+    assert (settings.cache_dir, settings.environments_dir) == (
+        Path("/c/veneer"),
+        Path("/s/veneer/environments"),
+    )
 
 
 def test_sources_and_keys_come_from_nix_conf(environ: dict[str, str], tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("0", 0), ("1000", 1000), ("64K", 65536), ("10G", 10 << 30), ("1.5 GiB", 3 << 29), ("2tb", 2 << 40), (" 7b ", 7)],
+    [
+        ("0", 0),
+        ("1000", 1000),
+        ("64K", 65536),
+        ("10G", 10 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("2tb", 2 << 40),
+        (" 7b ", 7),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -37,7 +45,11 @@ def test_sizes_are_printed_with_three_digits() -> None:
 
 def test_times_and_counts_read_naturally() -> None:
     assert [format_seconds(s) for s in (0.4211, 12.34, 185)] == ["0.42 s", "12.3 s", "3 min 5 s"]
-    assert (count(1, "path"), count(0, "path"), count(2, "entry", "entries")) == ("1 path", "0 paths", "2 entries")
+    assert (count(1, "path"), count(0, "path"), count(2, "entry", "entries")) == (
+        "1 path",
+        "0 paths",
+        "2 entries",
+    )
 
 
 def test_a_table_aligns_and_shows_control_characters() -> None:
