@@ -155,7 +155,9 @@ class RequestServer:
             session.send(Frame(Kind.ABSENT, frame.id, wire.absent_body(int(absent.seconds * 1000))))
             return
         except VeneerError as error:
-            session.send(Frame(Kind.FAILED, frame.id, wire.failed_body(error.errno, str(error), error.exit_code)))
+            session.send(
+                Frame(Kind.FAILED, frame.id, wire.failed_body(error.errno, str(error), error.exit_code))
+            )
             return
         except Exception as error:  # noqa: BLE001 - a bug must reach the reader as EIO and the user as a story
             story = self._store.stories.add(frame.kind.name, error)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from veneer.cache.cache import Cache
 from veneer.formats.request_wire import SOCKET_NAME
-from veneer.model.errors import CacheInUseError
-from veneer.store.store import Limits, Notices
+from veneer.model.errors import CacheFullError, CacheInUseError
+from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
 from .compose import build_store, build_view, open_cache
@@ -28,7 +28,11 @@ IDLE_SECONDS = 0.2
 FIRST_CLIENT_SECONDS = 30.0
 LOCK_SECONDS = 10.0
 FLUSH_SECONDS = 0.2
-SYNC_SECONDS = 60.0
+SYNC_SECONDS = 30.0
+NEGATIVE_KEPT_SECONDS = 86400.0
+"""Answers "there is none" are forgotten after this; whether they are still believed is the view's affair."""
+FLUSH_ROOM = 64 << 20
+"""Bytes to make room for when the index could not be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
     )
     sock = _listen(cache.root / SOCKET_NAME, settings.shared)
     server = await asyncio.start_unix_server(requests.connected, sock=sock)
-    flushing = asyncio.create_task(_flush(cache))
+    flushing = asyncio.create_task(_flush(cache, store))
     if settings.client_fd is not None:
         streams = await asyncio.open_unix_connection(sock=socket.socket(fileno=settings.client_fd))
         starter = asyncio.create_task(requests.connected(*streams))  # noqa: F841, RUF006 - held here
@@ -156,19 +160,26 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
             (cache.root / SOCKET_NAME).unlink()
 
 
-async def _flush(cache: Cache) -> None:
+async def _flush(cache: Cache, store: Store) -> None:
     """Commit what the index gathered and, now and then, make files safe from power loss; for ever.
 
-    A failure ends the daemon with its error.
+    A full disk loses remembered answers, never what is served: room is made and the next turn tries again. Any other
+    failure ends the daemon with its error.
     """
-    turns = round(SYNC_SECONDS / FLUSH_SECONDS)
+    turn = 0
     while True:
-        for _ in range(turns):
-            await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.sleep(FLUSH_SECONDS)
+        turn += 1
+        try:
             cache.index.flush()
-        batch = cache.begin_sync()
-        await asyncio.to_thread(batch.run)
-        cache.end_sync(batch)
+            if turn % round(SYNC_SECONDS / FLUSH_SECONDS) == 0:
+                cache.index.forget_negative(time.time() - NEGATIVE_KEPT_SECONDS)
+                batch = cache.begin_sync()
+                await asyncio.to_thread(batch.run)
+                cache.end_sync(batch)
+        except CacheFullError as error:
+            store.stories.add(str(cache.root), error)
+            store.make_room(FLUSH_ROOM)
 
 
 class _IdleEnd:

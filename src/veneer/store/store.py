@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from veneer.cache.cache import Cache
+from veneer.cache.cache import Cache, Evicted
 from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.cache.nars import VerifiedNar
 from veneer.formats.listing import parse_listing
@@ -71,7 +71,7 @@ class Store:
             self._encoded,
             self._admit,
             self._condemn,
-            self._make_room,
+            self.make_room,
             parallel=limits.parallel_downloads,
         )
         self._trees: dict[int, asyncio.Task[bool]] = {}
@@ -152,8 +152,7 @@ class Store:
         """Make room; returns what went (or would go) with its bytes. Open readers keep what they have."""
         gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run, busy=self.fetcher.busy)
         if not dry_run:
-            for evicted in gone:
-                self._notices.dropped(evicted.path_number)
+            self._tell(gone)
         return [(evicted.store_path, evicted.size) for evicted in gone]
 
     def _row(self, number: int) -> PathRow:
@@ -262,7 +261,7 @@ class Store:
             self.cache.trees.publish(row.number, [encoded], TreeState.CHECKED)
         self.cache.nars.admit(row.number, verified)
         self.cache.index.touch([(row.number, self._clock())])
-        self._make_room()
+        self.make_room()
         return row.number
 
     def _condemn(self, row: PathRow, error: VeneerError) -> PathRow:
@@ -270,14 +269,20 @@ class Store:
         self.stories.add(str(row.store_path), error)
         fresh = self.cache.index.replace_path(row.number, self._clock())
         self._notices.condemned(row.number, row.store_path)
+        self.cache.trees.drop(row.number)  # who has it mapped keeps it
+        self.cache.nars.drop(row.number)
         return fresh
 
-    def _make_room(self, need: int = 0) -> bool:
-        """Evict to the cache's limit, or ``need`` bytes on a full disk; whether anything went."""
+    def make_room(self, need: int = 0) -> bool:
+        """Evict to the cache's limit, or for ``need`` bytes on a full disk; whether anything went."""
         gone = self.cache.evict(need=need, busy=self.fetcher.busy)
-        for evicted in gone:
-            self._notices.dropped(evicted.path_number)
+        self._tell(gone)
         return bool(gone)
+
+    def _tell(self, gone: list[Evicted]) -> None:
+        for evicted in gone:
+            if not evicted.tree:
+                self._notices.dropped(evicted.path_number)
 
     def _tree_done(self, number: int, task: asyncio.Task[bool]) -> None:
         del self._trees[number]
