@@ -37,7 +37,7 @@ class Source(Protocol):
 
     @property
     def priority(self) -> int:
-        """Lower is asked first (Nix's ``priority``, default 50)."""
+        """Lower is asked first. The URL's, else the cache's own once ``nix_cache_info`` was answered, else 50."""
         ...
 
     async def nix_cache_info(self) -> CacheInfo:

@@ -1,0 +1,42 @@
+"""Reading bodies: each chunk within its time, and whole small ones within their limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from .base import Meter
+from .options import SourceOptions
+from .transport import CHUNK, Body, Fault, TransferError, too_long
+
+
+async def paced(body: Body, size: int, options: SourceOptions) -> AsyncGenerator[bytes, None]:
+    """The body in chunks of about ``size`` bytes. TransferError when one takes too long."""
+    limit = options.stall_seconds + size / options.least_rate
+    async with aclosing(body.chunks(size)) as chunks:
+        while True:
+            try:
+                async with asyncio.timeout(limit):
+                    chunk = await anext(chunks, None)
+            except TimeoutError:
+                raise TransferError(
+                    Fault.PASSING, f"less than {options.least_rate} bytes per second"
+                ) from None
+            if chunk is None:
+                return
+            yield chunk
+
+
+async def collected(body: Body, limit: int, meter: Meter, options: SourceOptions) -> bytes:
+    """All bytes of the body. TransferError when there are more than ``limit``."""
+    parts: list[bytes] = []
+    received = 0
+    async with aclosing(paced(body, CHUNK, options)) as chunks:
+        async for chunk in chunks:
+            meter(len(chunk))
+            received += len(chunk)
+            if received > limit:
+                raise too_long(None, limit)
+            parts.append(chunk)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,180 @@
+"""A source as the user writes it: Nix's store URLs, and how patiently and with which secrets they are asked.
+
+Source: the Nix manual, "Store URL format" and the pages of the HTTP, S3 and local binary cache stores.
+
+    url    = scheme "://" [ user [ ":" password ] "@" ] place [ "?" key "=" value { "&" key "=" value } ]
+           | path                                        a directory, as file://
+    scheme = http | https | file | s3 | gs | az
+
+Everything is percent-decoded once. Known keys:
+
+| key | meaning |
+|---|---|
+| priority | lower is asked first; replaces what the cache says about itself |
+| trusted | true: believed without signatures |
+| want-mass-query | kept, not used |
+| region, endpoint, scheme, profile | s3 only, as in Nix |
+
+Nix's other keys (compression, secret-key, ...) matter for writing or for Nix's own caches and are ignored, as are keys
+that nobody knows, which Nix only warns about. A near miss of a known key is refused: ``trustd=true`` would be silent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
+
+from veneer.model.errors import UsageError, printable
+from veneer.model.store_path import DEFAULT_STORE_DIR
+
+SCHEMES = ("http", "https", "file", "s3", "gs", "az")
+KEYS = ("priority", "trusted", "want-mass-query")
+S3_KEYS = ("region", "endpoint", "scheme", "profile")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """What all sources of a view share. Times in seconds.
+
+    A body has no time limit as a whole: it fails when nothing arrives for ``stall_seconds`` or when a chunk comes more
+    slowly than ``least_rate`` bytes per second. ``tries`` are made per question, and per chunk of a NAR.
+    """
+
+    netrc: Path | None = None
+    ca_file: Path | None = None
+    """CA certificates trusted besides the system's; None: the file that NIX_SSL_CERT_FILE names."""
+    store_dir: str = DEFAULT_STORE_DIR
+    connect_seconds: float = 10.0
+    stall_seconds: float = 30.0
+    tries: int = 3
+    backoff_seconds: float = 0.25
+    """Before the second try; doubled before each further one, and varied by half so that clients spread out."""
+    most_backoff_seconds: float = 30.0
+    """Also the longest Retry-After that is honoured; a server that wants more counts as failed."""
+    least_rate: int = 1024
+    in_flight: int = 64
+    """Narinfo requests at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """One source URL, taken apart. ``url`` is its identity; secrets are in no text that is shown."""
+
+    url: str
+    scheme: str
+    address: str
+    """Where requests go: for http(s) the URL without secrets and keys, for file the directory's path, otherwise the
+    bucket and prefix (``bucket/prefix``)."""
+    priority: int | None = None
+    trusted: bool = False
+    want_mass_query: bool | None = None
+    user: str | None = field(default=None, repr=False)
+    password: str = field(default="", repr=False)
+    s3: tuple[tuple[str, str], ...] = ()
+    """Given S3 keys, sorted."""
+    ignored: tuple[str, ...] = ()
+    """Keys that had no effect."""
+
+
+def parse_source_url(text: str) -> SourceConfig:
+    """A store URL or a directory's path. UsageError; its text holds no password."""
+    if "://" not in text:
+        if re.match(r"[a-z0-9+.-]+:", text) or not text:
+            raise _usage("not a store URL", text)
+        text = "file://" + quote(str(Path(text).absolute()))
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise _usage("not a URL", text) from error
+    if parts.scheme not in SCHEMES:
+        raise _usage(
+            f"sources of this kind are not supported: {parts.scheme}", text, f"known are {', '.join(SCHEMES)}"
+        )
+    if parts.fragment:
+        raise _usage("a store URL has no #fragment", text)
+    known, s3, ignored = _keys(parts.query, parts.scheme, text)
+    path = parts.path.rstrip("/")
+    if parts.scheme == "file":
+        if parts.netloc:
+            raise _usage("a file URL names no host", text, f"file:///{parts.netloc}{path}")
+        address = unquote(path) or "/"
+        url = "file://" + quote(address)
+    elif not host:
+        raise _usage("no host" if parts.scheme in ("http", "https") else "no bucket", text)
+    elif parts.scheme in ("http", "https"):
+        url = address = urlunsplit((parts.scheme, _authority(host, port), path, "", ""))
+    else:
+        place = parts.netloc.rpartition("@")[2]
+        address = place + unquote(path)
+        query = "&".join(f"{key}={quote(value, safe=':/')}" for key, value in s3)
+        url = urlunsplit((parts.scheme, place, path, query, ""))
+    return SourceConfig(
+        url=printable(url),
+        scheme=parts.scheme,
+        address=address,
+        priority=_integer(known.get("priority"), text),
+        trusted=_boolean("trusted", known.get("trusted"), text) or False,
+        want_mass_query=_boolean("want-mass-query", known.get("want-mass-query"), text),
+        user=None if parts.username is None else unquote(parts.username),
+        password=unquote(parts.password or ""),
+        s3=s3,
+        ignored=ignored,
+    )
+
+
+def without_secrets(text: str) -> str:
+    """A URL without user, password, query and fragment: fit for messages, whatever it holds."""
+    text = re.sub(r"[?#].*", "", text, flags=re.DOTALL)
+    return printable(re.sub(r"(://)[^/]*@", r"\1", text))[:500]
+
+
+def _usage(what: str, url: str, hint: str = "") -> UsageError:
+    return UsageError(what, where=without_secrets(url), hint=hint)
+
+
+def _authority(host: str, port: int | None) -> str:
+    host = f"[{host}]" if ":" in host else host
+    return host if port is None else f"{host}:{port}"
+
+
+def _keys(
+    query: str, scheme: str, url: str
+) -> tuple[dict[str, str], tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """(keys for every source, S3 keys, ignored keys)."""
+    known: dict[str, str] = {}
+    s3: dict[str, str] = {}
+    ignored: list[str] = []
+    mine = KEYS + (S3_KEYS if scheme == "s3" else ())
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if key in KEYS:
+            known[key] = value
+        elif key in mine:
+            s3[key] = value
+        elif near := difflib.get_close_matches(key, mine, 1, 0.8):
+            raise _usage(f"unknown key in a store URL: {key[:100]!r}", url, f"did you mean {near[0]}?")
+        else:
+            ignored.append(printable(key))
+    return known, tuple(sorted(s3.items())), tuple(ignored)
+
+
+def _integer(text: str | None, url: str) -> int | None:
+    if text is None:
+        return None
+    if _INTEGER.fullmatch(text) is None:
+        raise _usage(f"priority is not a number: {text[:100]!r}", url)
+    return int(text)
+
+
+def _boolean(key: str, text: str | None, url: str) -> bool | None:
+    if text is None:
+        return None
+    value = _BOOLEANS.get(text)
+    if value is None:
+        raise _usage(f"{key} is neither true nor false: {text[:100]!r}", url)
+    return value
