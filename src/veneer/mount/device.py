@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 from pathlib import Path
 
 from veneer.model.errors import MachineError
@@ -17,6 +18,8 @@ DEVICE = "/dev/fuse"
 READ_AHEAD_KB = 1024
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH = 2
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+"""How mountinfo writes blanks and backslashes."""
 
 
 def open_fuse() -> int:
@@ -41,9 +44,10 @@ def mount_fuse(fd: int, target: str, *, source: str = "veneer", allow_other: boo
     options = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
     if allow_other:
         options += ",allow_other"
+    where = os.path.realpath(target)
     _call("mount", source.encode(), os.fsencode(target), b"fuse.veneer", _MS_RDONLY | _MS_NOSUID | _MS_NODEV,
           options.encode(), where=target)  # fmt: skip
-    raise_read_ahead(target)
+    raise_read_ahead(where)
 
 
 def umount(target: str, *, detach: bool = False) -> None:
@@ -52,7 +56,10 @@ def umount(target: str, *, detach: bool = False) -> None:
 
 
 def raise_read_ahead(target: str, kilobytes: int = READ_AHEAD_KB) -> bool:
-    """Sets the mount's read-ahead, 128 KiB otherwise. False when not permitted (not root, /sys read only)."""
+    """Sets the mount's read-ahead, 128 KiB otherwise. False when not permitted (not root, /sys read only).
+
+    ``target`` is absolute and free of links: to resolve it would ask our own server.
+    """
     number = device_number(target)
     if number is None:
         return False
@@ -63,14 +70,14 @@ def raise_read_ahead(target: str, kilobytes: int = READ_AHEAD_KB) -> bool:
 
 
 def device_number(target: str) -> str | None:
-    """``major:minor`` of what is mounted on ``target``, from mountinfo: stat(2) would ask our own server."""
-    wanted = os.path.realpath(target)
+    """``major:minor`` of what is mounted on ``target``, from mountinfo; absolute and free of links."""
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    wanted = os.fsencode(target)
+    with open("/proc/self/mountinfo", "rb") as lines:
         for line in lines:
-            fields = line.split(" ")
-            if fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape", "replace") == wanted:
-                found = fields[2]
+            fields = line.split(b" ")
+            if _OCTAL.sub(lambda m: bytes([int(m[1], 8)]), fields[4]) == wanted:
+                found = fields[2].decode("ascii")
     return found
 
 
