@@ -1,0 +1,17 @@
+"""One merged store with its writable layer, and a command inside: ``run(RunSpec(...))``.
+
+The command sees the host's root; at the store directory it sees an overlay: its own writable layer above our file system
+(above the host's own store, if there is one). Nothing of the host is changed, nothing is left when it ends, and no root is
+needed where user namespaces are on.
+
+Layout: ``spec`` (what to run) · ``facts`` (the host, read once) · ``plan`` (pure: steps of the new root) · ``apply`` (does
+and undoes them) · ``syscalls`` (the only ctypes) · ``namespace`` · ``upper`` (writable layers on disk) · ``serving`` (the
+mount server's process) · ``init`` (pid 1 inside) · ``channel`` (init to supervisor) · ``supervise`` (the caller's side) ·
+``machine`` (refusals in words).
+"""
+
+from veneer.environment.machine import probe
+from veneer.environment.spec import RunOutcome, RunSpec
+from veneer.environment.supervise import run
+
+__all__ = ["RunOutcome", "RunSpec", "probe", "run"]

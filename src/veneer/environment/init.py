@@ -1,0 +1,209 @@
+"""The environment's first process: pid 1 of its pid namespace. It builds the root, starts mount server and command, reaps.
+
+When it ends, however it does, the kernel kills every process of the namespace and with the last of them all mounts vanish.
+It has every signal blocked: the terminal's and the supervisor's go to the command, which gets the caller's mask back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from veneer.environment import machine, serving, syscalls
+from veneer.environment import plan as p
+from veneer.environment.apply import Executor, StepError
+from veneer.environment.channel import Channel
+from veneer.environment.facts import HostFacts
+from veneer.environment.spec import RunSpec
+from veneer.model.errors import MachineError, VeneerError, printable
+from veneer.mount import device
+
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+OUR_FAULT = 125
+STOP_SECONDS = 5.0
+"""How long the mount server may take to end and report."""
+
+
+@dataclass(slots=True)
+class InitTask:
+    """What the supervisor hands down. ``parent_alive``: a pipe that says end-of-file when our parent is gone.
+    ``report_fd``: for the mount server alone. ``layer_may_move``: a refused writable layer may be replaced by memory."""
+
+    spec: RunSpec
+    facts: HostFacts
+    steps: list[p.Step]
+    channel: Channel
+    parent_alive: int
+    cache_fd: int
+    report_fd: int
+    caller_mask: Iterable[int]
+    layer_may_move: bool
+    load_server: serving.LoadServer
+
+
+def run_init(task: InitTask) -> NoReturn:
+    """Never returns; ends the process."""
+    try:
+        syscalls.set_process_name("veneer-init")
+        _die_with_parent(task.parent_alive)
+        task.channel.send("init", [os.pidfd_open(os.getpid())])
+        server = _build(task)
+        command = _start_command(task)
+        status = _wait_for_command(task.channel, command, server.pid)
+        _kill_others(server.pid)
+        _stop(server.pid)
+        task.channel.send("ended", status=status)
+    except BrokenPipeError:
+        os._exit(OUR_FAULT)  # the supervisor is gone: there is nobody to tell
+    except VeneerError as error:
+        task.channel.send_failure(error)
+    except BaseException as error:  # noqa: BLE001 - the process ends here; the supervisor raises it
+        task.channel.send_failure(VeneerError(printable(f"{type(error).__name__}: {error}"), where="init"))
+    finally:
+        os._exit(0)
+
+
+def _die_with_parent(parent_alive: int) -> None:
+    syscalls.set_parent_death_signal(signal.SIGKILL)
+    if select.select([parent_alive], [], [], 0)[0]:  # it died before the call
+        os._exit(OUR_FAULT)
+
+
+def _build(task: InitTask) -> serving.ServerProcess:
+    # In our user namespace, or the kernel would not let it be mounted there.
+    fuse_fd = device.open_fuse()
+    server = serving.start(task.load_server, fuse_fd, task.cache_fd, task.report_fd)
+    os.close(task.cache_fd)
+    os.close(task.report_fd)
+
+    def serve() -> None:
+        os.close(fuse_fd)  # the server's is the last one: when it ends, readers fail instead of waiting
+        server.go()
+
+    executor = Executor(fuse_fd, serve, lambda text: task.channel.send("warning", text=text))
+    try:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+    except OSError as error:
+        raise machine.namespaces_refused(error) from error
+    try:
+        _apply(task, executor)
+    except StepError as failure:
+        _raise_server_failure(server.pid)
+        raise machine.explain(failure, in_user_namespace=task.facts.needs_user_namespace) from failure
+    device.raise_read_ahead(p.LOWER_ROOT + task.spec.store_dir)
+    return server
+
+
+def _apply(task: InitTask, executor: Executor) -> None:
+    try:
+        executor.apply(task.steps)
+    except StepError as failure:
+        on_disk = task.facts.environment is not None
+        if not (on_disk and task.layer_may_move and machine.can_layers_be_at_fault(failure)):
+            raise
+        task.channel.send(
+            "warning",
+            text=f"the writable layer is kept in memory: {task.facts.environment} cannot hold one "
+            f"({failure.error.strerror})",
+        )
+        executor.apply([*p.memory_layers(), failure.step, *failure.rest])
+
+
+def _raise_server_failure(server: int) -> None:
+    """The mount server's end is the better explanation, when there is one; it has told the supervisor itself."""
+    pid, status = os.waitpid(server, os.WNOHANG)
+    if pid:
+        raise MachineError(f"the mount server did not start: {describe_end(status)}")
+
+
+def _start_command(task: InitTask) -> int:
+    try:
+        os.chdir(task.spec.cwd)
+    except OSError as error:
+        text = f"the working directory {task.spec.cwd} cannot be entered ({error.strerror}); the command starts in /"
+        task.channel.send("warning", text=text)
+        os.chdir("/")
+    pid = os.fork()
+    if pid == 0:
+        _become_command(task)
+    os.chdir("/")
+    task.channel.send("started", [os.pidfd_open(pid)])
+    return pid
+
+
+def _become_command(task: InitTask) -> NoReturn:
+    status = OUR_FAULT
+    program = task.spec.command[0]
+    try:
+        # In this order: a signal that came in between would run a handler of ours and be lost.
+        syscalls.reset_signal_handlers()
+        signal.pthread_sigmask(signal.SIG_SETMASK, task.caller_mask)
+        os.execvpe(program, task.spec.command, task.spec.environ)
+    except OSError as error:
+        status, text = _exec_failure(program, error)
+        os.write(2, f"veneer: {printable(text)}\n".encode(errors="replace"))
+    finally:
+        os._exit(status)
+
+
+def _exec_failure(program: str, error: OSError) -> tuple[int, str]:
+    if error.errno == errno.ENOENT and "/" not in program:
+        return NOT_FOUND, f"{program}: command not found"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if os.path.lexists(program):
+            return NOT_EXECUTABLE, f"{program}: its interpreter or loader does not exist"
+        return NOT_FOUND, f"{program}: no such file"
+    return NOT_EXECUTABLE, f"{program}: {error.strerror}"
+
+
+def _wait_for_command(channel: Channel, command: int, server: int) -> int:
+    """Reap everything until the command has ended; its status."""
+    while True:
+        pid, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            if pid == command:
+                channel.send("stopped", number=os.WSTOPSIG(status))
+        elif pid == command:
+            return exit_status(status)
+        elif pid == server:
+            channel.send("server-ended", text=describe_end(status))
+
+
+def _kill_others(server: int) -> None:
+    """What the command left running goes before the mount server, so that it does not see a dead store."""
+    if Path("/proc/self").readlink() != Path(str(os.getpid())):
+        return  # the host's process list, in a container: the kernel will do it
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in (os.getpid(), server):
+            try:
+                os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def _stop(server: int) -> None:
+    try:
+        handle = os.pidfd_open(server)
+    except ProcessLookupError:
+        return  # ended and reaped before
+    signal.pidfd_send_signal(handle, signal.SIGTERM)
+    if not select.select([handle], [], [], STOP_SECONDS)[0]:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+
+def exit_status(status: int) -> int:
+    """A wait status as a shell's ``$?``."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def describe_end(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"

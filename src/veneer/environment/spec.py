@@ -1,0 +1,75 @@
+"""What to run in an environment, and what came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.model.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_STORE_DIR = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
+TEMPORARY_PREFIX = "tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """One command in one environment.
+
+    ``command``: program and arguments, as for execvp. ``cache_root``: the cache directory, with a daemon listening in it.
+    ``view``: what the mount server brings in HELLO (None: the daemon's default). ``store_dir``: where the merged store
+    appears. ``name``: of the writable layer that is kept; None for one that vanishes. ``environments_root``: the directory
+    of writable layers. ``miss_seconds``: how long a read may wait for the daemon. ``map_root``: the command sees itself as
+    root when a user namespace is needed. ``environ``, ``cwd``: the command's own.
+    """
+
+    command: tuple[str, ...]
+    cache_root: Path
+    view: dict[str, Any] | None
+    environments_root: Path
+    miss_seconds: float
+    environ: Mapping[str, str]
+    cwd: str
+    store_dir: str = "/nix/store"
+    name: str | None = None
+    map_root: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise UsageError("no command to run")
+        check_store_dir(self.store_dir)
+        if self.name is not None:
+            check_name(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """``status``: the command's exit status, or 128 + the signal that ended it.
+
+    ``report``: the mount server's own report, and beside it ``warnings`` (a list of sentences) and, when the mount server
+    ended before the command did, ``mount_server_ended`` (how, in words).
+    """
+
+    status: int
+    report: dict[str, Any]
+
+
+def check_name(name: str) -> None:
+    """UsageError unless ``name`` can name an environment (and its directory)."""
+    if not _NAME.fullmatch(name) or name.startswith(TEMPORARY_PREFIX):
+        raise UsageError(
+            f"not a name for an environment: {name!r}",
+            hint=f"letters, digits, '.', '_', '-'; at most 64; not beginning with '{TEMPORARY_PREFIX}'",
+        )
+
+
+def check_store_dir(path: str) -> None:
+    """UsageError unless the store can be at ``path``: it goes unescaped into mount options and Nix's mount check."""
+    if not _STORE_DIR.fullmatch(path) or path.count("/") < 2:
+        raise UsageError(
+            f"not a place for a store: {path!r}",
+            hint="an absolute path like /nix/store, of letters, digits, '.', '_', '-'",
+        )

@@ -1,0 +1,370 @@
+"""The caller's side of an environment: starts it, passes signals on, waits until everything is gone.
+
+```
+P  the caller: this module
+└ K  "veneer-keeper": made the user and pid namespaces, waits for I
+  └ I  "veneer-init", pid 1: built the root
+    ├ M  "veneer-mount": answers the kernel
+    └ C  the command
+```
+
+K dies with P, I with K (parent death signals), everything else with I (its pid namespace), the mounts with the last of them.
+P itself stays in the host's namespaces, so that it can remove the writable layer.
+
+Signals. C stays in the caller's process group, so a pipeline with it is one job and the terminal's Ctrl-C and Ctrl-Z
+reach it directly. P passes on what a process sent to P alone and leaves out what the kernel sent to the group. A signal that
+a process sends to the whole group reaches C twice; P cannot tell, and a lost SIGTERM would be worse.
+When C stops itself (a pager on Ctrl-Z), P stops as well, or the caller's shell would never take the terminal back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from veneer.environment import machine, namespace, serving, syscalls, upper
+from veneer.environment.channel import Channel, Message, failure
+from veneer.environment.facts import HostFacts, read_facts
+from veneer.environment.init import OUR_FAULT, InitTask, run_init
+from veneer.environment.plan import Step, plan
+from veneer.environment.spec import RunOutcome, RunSpec
+from veneer.model.errors import CacheError, VeneerError
+
+Warn = Callable[[str], None]
+
+_ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM, signal.SIGCONT)
+_STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+_LEAVE_SECONDS = 10.0
+"""How long the kernel may take to end killed processes."""
+_CHUNK = 1 << 16
+
+
+def run(
+    spec: RunSpec, *, load_server: serving.LoadServer | None = None, warn: Warn | None = None
+) -> RunOutcome:
+    """Run a command in an environment; blocks until it and everything that it left has ended.
+
+    The process must have one thread. ``warn`` takes a sentence at once (default: stderr). ``load_server`` replaces the
+    mount server, for tests. UsageError: the name is in use, the store directory cannot be provided. MachineError: what to
+    enable. CacheError: no cache directory. VeneerError: the environment was killed.
+    """
+    warn = warn or _warn_on_stderr
+    with _standard_descriptors(), _signals_blocked() as (signals, caller_mask), _foreground_restored():
+        cache_fd = _open_cache(spec.cache_root)
+        layer = _take_layer(spec, warn)
+        try:
+            facts = read_facts(spec.store_dir, os.fspath(layer.directory) if layer else None)
+            steps = plan(facts, spec)
+            load = load_server or serving.mount_server(spec)
+            keeper = _start(spec, facts, steps, cache_fd, caller_mask, load)
+            os.close(cache_fd)
+            cache_fd = -1
+            return _Supervisor(keeper, signals, warn).wait()
+        finally:
+            if cache_fd >= 0:
+                os.close(cache_fd)
+            if layer is not None:
+                _release(layer, warn)
+
+
+@dataclass(slots=True)
+class _Keeper:
+    """The started environment, seen from outside. ``pidfd``: of K."""
+
+    pid: int
+    pidfd: int
+    channel: Channel
+    report_fd: int
+
+
+def _start(
+    spec: RunSpec,
+    facts: HostFacts,
+    steps: list[Step],
+    cache_fd: int,
+    caller_mask: set[int],
+    load: serving.LoadServer,
+) -> _Keeper:
+    channel, theirs = Channel.pair()
+    report_fd, report_writer = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        channel.close()
+        os.close(report_fd)
+        task = InitTask(
+            spec=spec,
+            facts=facts,
+            steps=steps,
+            channel=theirs,
+            parent_alive=-1,
+            cache_fd=cache_fd,
+            report_fd=report_writer,
+            caller_mask=caller_mask,
+            layer_may_move=spec.name is None,
+            load_server=load,
+        )
+        _keep(task, parent)
+    theirs.close()
+    os.close(report_writer)
+    return _Keeper(pid, os.pidfd_open(pid), channel, report_fd)
+
+
+def _keep(task: InitTask, parent: int) -> NoReturn:
+    """K: the namespaces, then nothing but waiting for I."""
+    status = OUR_FAULT
+    try:
+        syscalls.set_process_name("veneer-keeper")
+        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        try:
+            facts, spec = task.facts, task.spec
+            namespace.enter(with_user=facts.needs_user_namespace, map_root=spec.map_root)
+        except OSError as error:
+            raise machine.namespaces_refused(error) from error
+        # After the change of credentials, which clears it.
+        syscalls.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(OUR_FAULT)
+        alive_reader, alive_writer = os.pipe2(os.O_CLOEXEC)
+        init = os.fork()
+        if init == 0:
+            os.close(alive_writer)
+            run_init(replace(task, parent_alive=alive_reader))
+        for fd in (alive_reader, task.cache_fd, task.report_fd):
+            os.close(fd)
+        task.channel.close()
+        os.waitpid(init, 0)
+        status = 0
+    except VeneerError as error:
+        task.channel.send_failure(error)
+    except BaseException as error:  # noqa: BLE001 - the process ends here; the supervisor raises it
+        task.channel.send_failure(VeneerError(f"{type(error).__name__}: {error}", where="keeper"))
+    finally:
+        os._exit(status)
+
+
+@dataclass(slots=True)
+class _Supervisor:
+    keeper: _Keeper
+    signals: int
+    warn: Warn
+    init: int = -1
+    command: int = -1
+    status: int | None = None
+    aborted_by: int | None = None
+    error: VeneerError | None = None
+    server_ended: str = ""
+    warnings: list[str] = field(default_factory=list)
+    report: bytearray = field(default_factory=bytearray)
+
+    def wait(self) -> RunOutcome:
+        try:
+            self._loop()
+            self._wait_until_gone()
+            return self._outcome()
+        finally:
+            for fd in (self.keeper.pidfd, self.keeper.report_fd, self.init, self.command):
+                if fd >= 0:
+                    os.close(fd)
+            self.keeper.channel.close()
+
+    def _loop(self) -> None:
+        """Until K has ended and the channel and the report are read to their ends."""
+        poll = select.poll()
+        keeper, channel = self.keeper, self.keeper.channel.fileno()
+        waiting = {keeper.pidfd, channel, keeper.report_fd}
+        for fd in (*waiting, self.signals):
+            poll.register(fd, select.POLLIN)
+        while waiting:
+            for fd, _ in poll.poll():
+                if fd == self.signals:
+                    self._on_signal(syscalls.read_signal(fd))
+                    more = True
+                elif fd == channel:
+                    message = keeper.channel.receive()
+                    more = message is not None
+                    if message is not None:
+                        self._on_message(message)
+                elif fd == keeper.report_fd:
+                    chunk = os.read(fd, _CHUNK)
+                    self.report += chunk
+                    more = bool(chunk)
+                else:
+                    more = False  # K has ended
+                if not more:
+                    poll.unregister(fd)
+                    waiting.discard(fd)
+
+    def _on_message(self, message: Message) -> None:
+        fields = message.fields
+        match message.kind:
+            case "init":
+                (self.init,) = message.fds
+            case "started":
+                (self.command,) = message.fds
+            case "stopped":
+                self._on_stop(fields["number"])
+            case "ended":
+                self.status = fields["status"]
+            case "server-ended":
+                self.server_ended = fields["text"]
+                self._warn(
+                    f"the mount server ended early ({fields['text']}): the store cannot be read any more"
+                )
+            case "warning":
+                self._warn(fields["text"])
+            case "failed":
+                self.error = failure(message)
+
+    def _on_signal(self, info: syscalls.SignalInfo) -> None:
+        if self.command < 0:
+            if info.number in _ENDING:
+                self.aborted_by = info.number
+                signal.pidfd_send_signal(self.keeper.pidfd, signal.SIGKILL)
+        elif info.code <= 0 or info.number == signal.SIGCONT:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or changed its user
+                signal.pidfd_send_signal(self.command, info.number)
+
+    def _on_stop(self, number: int) -> None:
+        """The command stopped alone: stop too. Not when the job was stopped as a whole and goes on by now."""
+        if number in _STOPS and self._is_command_stopped():
+            os.kill(os.getpid(), signal.SIGTSTP)
+
+    def _is_command_stopped(self) -> bool:
+        with contextlib.suppress(OSError):
+            pid = _field(Path(f"/proc/self/fdinfo/{self.command}").read_text(), "Pid")
+            return _field(Path(f"/proc/{pid}/status").read_text(), "State").startswith("T")
+        return False
+
+    def _wait_until_gone(self) -> None:
+        """K is a zombie. I ends after every process of its namespace, and it may still be at that."""
+        os.waitpid(self.keeper.pid, 0)
+        if self.init >= 0 and not select.select([self.init], [], [], _LEAVE_SECONDS)[0]:
+            self._warn("processes of the environment could not be ended: they wait for the kernel")
+
+    def _outcome(self) -> RunOutcome:
+        if self.aborted_by is not None:
+            return RunOutcome(128 + self.aborted_by, {"warnings": self.warnings})
+        report = self._parsed_report()
+        if self.error is not None:
+            if "error" in report:
+                self.error.where = self.error.where or report["error"]
+            raise self.error
+        if self.status is None:
+            raise VeneerError("the environment was killed", hint="its processes and mounts are gone")
+        report["warnings"] = self.warnings
+        if self.server_ended:
+            report["mount_server_ended"] = self.server_ended
+        return RunOutcome(self.status, report)
+
+    def _parsed_report(self) -> dict[str, Any]:
+        try:
+            report = json.loads(self.report or b"{}")
+        except ValueError:
+            self.server_ended = self.server_ended or "its report is cut off"
+            return {}
+        return report if isinstance(report, dict) else {}
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.warn(text)
+
+
+def _open_cache(root: Path) -> int:
+    try:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CacheError(
+            f"the cache directory cannot be opened: {error.strerror}", where=os.fspath(root)
+        ) from error
+
+
+def _take_layer(spec: RunSpec, warn: Warn) -> upper.Layer | None:
+    """None: keep it in memory."""
+    root = spec.environments_root
+    try:
+        for left in upper.sweep(root):
+            warn(f"a leftover could not be removed: {left}")
+        if spec.name is None:
+            return upper.take_temporary(root)
+    except OSError as error:
+        if spec.name is None:
+            warn(f"the writable layer is kept in memory: {error.strerror} ({error.filename or root})")
+            return None
+    assert spec.name is not None
+    return upper.take_named(root, spec.name)
+
+
+def _release(layer: upper.Layer, warn: Warn) -> None:
+    try:
+        layer.release()
+    except OSError as error:
+        warn(f"the temporary layer {layer.directory} could not be removed: {error.strerror}")
+
+
+@contextlib.contextmanager
+def _standard_descriptors() -> Iterator[None]:
+    """Keep 0, 1, 2 from being taken by descriptors of ours when the caller closed them; exec closes them again."""
+    opened: list[int] = []
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            opened.append(fd)
+        os.close(fd)
+        yield
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[tuple[int, set[int]]]:
+    """A descriptor that gives the signals to pass on, and the caller's mask."""
+    mask = {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)}
+    fd = -1
+    try:
+        fd = syscalls.signalfd(_PASSED_ON)
+        yield fd, mask
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def _foreground_restored() -> Iterator[None]:
+    """A shell run as the command takes the terminal's foreground and cannot give it back: our group is unknown inside."""
+    terminal = next((fd for fd in (0, 1, 2) if _foreground(fd) == os.getpgrp()), None)
+    try:
+        yield
+    finally:
+        if terminal is not None and _foreground(terminal) not in (None, os.getpgrp()):
+            old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.tcsetpgrp(terminal, os.getpgrp())
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _foreground(fd: int) -> int | None:
+    try:
+        return os.tcgetpgrp(fd)
+    except OSError:
+        return None
+
+
+def _field(text: str, name: str) -> str:
+    return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(f"{name}:"))
+
+
+def _warn_on_stderr(text: str) -> None:
+    print(f"veneer: warning: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the default voice
