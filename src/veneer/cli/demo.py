@@ -143,7 +143,7 @@ def _server(directory: Path) -> Iterator[str]:
 
 def _run(root: Path, url: str, key: str, command: Sequence[str], output: Output, shown: str) -> Run:
     """Run the command as a user would; what it prints is shown as it comes, unless the answer is JSON."""
-    (root / "config.toml").touch()
+    (root / "config.toml").write_text(f"environments-dir = {json.dumps(str(root / 'environments'))}\n")
     report = root / f"report-{shown}.json"
     own = ["run", "--cache", url, "--trusted-public-key", key]
     hidden = ["--cache-dir", str(root / "cache"), "--config", str(root / "config.toml"), "--quiet"]

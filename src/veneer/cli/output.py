@@ -128,6 +128,12 @@ class Output:
             self.stderr.write(self.colored(f"veneer: {text}", "2") + "\n")
             self.stderr.flush()
 
+    def warning(self, text: str) -> None:
+        """Something went wrong and work goes on: a line on stderr, also with --quiet; with --json it is in the document."""
+        if not self.json:
+            self.stderr.write(f"{self.colored('veneer: warning:', '33')} {printable(text)}\n")
+            self.stderr.flush()
+
     def error(self, error: VeneerError, exit_code: int | None = None) -> None:
         """What, where and hint; ``exit_code``: when it is not the class's own."""
         if self.json:

@@ -85,7 +85,8 @@ def run(
                 environ=os.environ,
                 cwd=str(Path.cwd()),
                 name=name,
-            )
+            ),
+            warn=output.warning,
         )
         figures = _figures(client, outcome.report, output) if report or not output.quiet else None
     document = combine(words, outcome.status, time.monotonic() - began, outcome.report, figures)
@@ -95,7 +96,7 @@ def run(
         output.stderr.write(json.dumps(document) + "\n")
     else:
         for line in troubles(outcome.report):
-            output.note(line)
+            output.warning(line)
         output.note(closing_line(document))
     return _end_as(outcome.status)
 

@@ -71,13 +71,10 @@ def closing_line(report: Document) -> str:
 
 
 def troubles(mount: Document) -> list[str]:
-    """What went wrong underneath the command, one line each: it may have seen only an I/O error."""
-    lines = [str(text) for text in _list(mount, "warnings")]
-    if mount.get("mount_server_ended"):
-        lines.append(f"the mount server ended before the command: {mount['mount_server_ended']}")
+    """The stories of the failures that readers met, one line each: the command saw only their errno."""
     failures = [row for row in _list(mount, "failures") if isinstance(row, dict)]
     shown = failures[-SHOWN_FAILURES:]
-    lines += [f"{row.get('errno')} on {row.get('where')}: {row.get('why')}" for row in shown]
+    lines = [f"{row.get('errno')} on {row.get('where')}: {row.get('why')}" for row in shown]
     more = number(mount, "failure_count") - len(shown)
     if more > 0:
         lines.append(f"and {count(more, 'earlier failure')}")
