@@ -81,7 +81,8 @@ class StubDaemon:
         basename = name if len(name) > 33 and name[32] == "-" else store_name(name)
         number = number or 0x4000_0000 + len(self.numbers)
         if isinstance(spec, RegularFile | Symlink | Directory):
-            node, contents = spec, {}
+            node: Node = spec
+            contents: dict[int, bytes] = {}
         else:
             node, contents = tree_of(spec)
         size = max([offset + len(data) for offset, data in contents.items()] or [0]) + 64

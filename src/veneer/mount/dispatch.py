@@ -41,8 +41,6 @@ Handler = Callable[[int, int, bytearray, int], Reply]
 
 REQUEST_BUFFER = 1 << 16
 READ_BUFFER = 1 << 20
-BATCH = 256
-"""Requests between two looks at our memory."""
 MAX_OPCODE = 63
 
 _in_header = wire.IN_HEADER.unpack_from
@@ -132,9 +130,9 @@ class Worker:
         vector = [request]
         handlers = self._handlers
         readv, write, writev = os.readv, os.write, os.writev
-        relieve = self._trees.relieve
+        trees = self._trees
         while not stopped():
-            for _ in range(BATCH):
+            for _ in range(trees.batch):
                 try:
                     length = readv(fd, vector)
                 except OSError as error:
@@ -160,7 +158,7 @@ class Worker:
                 except OSError as error:
                     if error.errno != errno.ENOENT:
                         self._not_taken(fd, unique, opcode, error)
-            relieve()
+            trees.relieve()
 
     def handle(self, parked: Parked) -> Reply:
         """A parked request again. The reply, or None when it was parked again. Does not raise."""
@@ -244,7 +242,6 @@ class Worker:
         if index is None:
             return self._park_tree(unique, number, request, length)
         run = index.run(node & 0xFFFFFF, cookie, size)
-        self._trees.served(len(run))
         return _out_header(16 + len(run), 0, unique), run
 
     def _readdir(self, unique: int, node: int, request: bytearray, length: int) -> Reply:

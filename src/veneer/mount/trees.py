@@ -6,10 +6,10 @@ I2: of a quarantined path nothing is opened again.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import time
-from pathlib import Path
 
 from veneer.formats.tree_index import TreeIndex, tree_file
 from veneer.model.errors import CacheError, FormatError, TrustError
@@ -19,10 +19,13 @@ from .recent import Recent
 MAX_MAPPED = 1024
 """Per generation of ``Recent``; each mapping costs a descriptor before Python 3.13."""
 MAX_NAMES = 1 << 16
-RESIDENT_LIMIT = 96 << 20
+RESIDENT_LIMIT = 56 << 20
 """Bytes of this process above which the mapped pages are given back (they stay in the page cache)."""
-SERVED_LIMIT = 32 << 20
-_STATM = Path("/proc/self/statm")
+BATCH_BUDGET = 20 << 20
+"""Bytes that one thread may map in between two looks."""
+LARGEST_FAULT = 2 << 20
+"""What one fault can map in: since Linux 6.18 the page's whole folio, before that 64 KiB around it."""
+NEVER = 32
 
 
 class Trees:
@@ -39,8 +42,12 @@ class Trees:
         self.generation: bytes | None = None
         """Of the cache, once the daemon told; indexes of another one are refused."""
         self.quarantined: set[int] = set()
-        self._served = 0
-        self._page = mmap.PAGESIZE
+        self.batch = NEVER
+        """Requests that a thread may answer before it calls ``relieve``."""
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self._statm)
 
     def get(self, number: int) -> TreeIndex | None:
         """The index of a path; None: its file is not there. FormatError, CacheError, TrustError."""
@@ -53,6 +60,7 @@ class Trees:
         index = self._map(number)
         if index is not None:
             self.mapped.put(number, index)
+            self._plan()
         return index
 
     def open_quarantined(self, number: int) -> TreeIndex | None:
@@ -68,7 +76,10 @@ class Trees:
             size = os.fstat(fd).st_size
             if size == 0:
                 raise FormatError("empty", where=tree_file(number))
-            index = TreeIndex(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
+            mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+            with contextlib.suppress(OSError):  # a kernel without huge pages has nothing to be told
+                mapping.madvise(mmap.MADV_NOHUGEPAGE)  # one fault would map 2 MiB
+            index = TreeIndex(mapping)
         finally:
             os.close(fd)
         if index.number != number:
@@ -95,22 +106,23 @@ class Trees:
 
     # Memory: mapped pages count as ours while they are mapped in, however cheap they are to get back.
 
-    def served(self, size: int) -> None:
-        """Counts bytes that went out of a map in bulk."""
-        self._served += size
-        if self._served > SERVED_LIMIT:
-            self._release()
+    def _plan(self) -> None:
+        """How often to look: never, when all maps together are small; else so that BATCH_BUDGET holds."""
+        sizes = [len(index.buffer) for index in self.mapped.values()]
+        if sum(sizes) <= RESIDENT_LIMIT:
+            self.batch = NEVER
+        else:  # a LOOKUP touches three places: table, record, row
+            self.batch = max(4, min(NEVER, BATCH_BUDGET // (3 * min(max(sizes), LARGEST_FAULT))))
 
     def relieve(self) -> None:
-        """Gives mapped pages back when this process has become large. Called every few hundred requests."""
-        if int(_STATM.read_bytes().split()[1]) * self._page > RESIDENT_LIMIT:
-            self._release()
-
-    def _release(self) -> None:
-        self._served = 0
-        for index in self.mapped.values():
-            if isinstance(index.buffer, mmap.mmap):
-                index.buffer.madvise(mmap.MADV_DONTNEED)
+        """Gives mapped pages back when this process has become large. Every thread calls it after ``batch`` requests."""
+        if (
+            self.batch < NEVER
+            and int(os.pread(self._statm, 64, 0).split()[1]) * mmap.PAGESIZE > RESIDENT_LIMIT
+        ):
+            for index in self.mapped.values():
+                if isinstance(index.buffer, mmap.mmap):
+                    index.buffer.madvise(mmap.MADV_DONTNEED)
 
 
 class Absent:
