@@ -66,7 +66,11 @@ class OtherUser:
     def veneer(self, *words: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """``veneer WORDS`` of this checkout."""
         return self.run(
-            self.python, "-c", "from veneer.cli.main import main; main()", *words, timeout=timeout
+            self.python,
+            "-c",
+            "import sys; from veneer.cli.main import main; sys.exit(main())",
+            *words,
+            timeout=timeout,
         )
 
 
