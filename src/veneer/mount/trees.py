@@ -25,7 +25,7 @@ BATCH_BUDGET = 20 << 20
 """Bytes that one thread may map in between two looks."""
 LARGEST_FAULT = 2 << 20
 """What one fault can map in: since Linux 6.18 the page's whole folio, before that 64 KiB around it."""
-NEVER = 32
+BATCH = 32
 
 
 class Trees:
@@ -42,8 +42,9 @@ class Trees:
         self.generation: bytes | None = None
         """Of the cache, once the daemon told; indexes of another one are refused."""
         self.quarantined: set[int] = set()
-        self.batch = NEVER
+        self.batch = BATCH
         """Requests that a thread may answer before it calls ``relieve``."""
+        self._watched = False
         self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
@@ -109,17 +110,15 @@ class Trees:
     def _plan(self) -> None:
         """How often to look: never, when all maps together are small; else so that BATCH_BUDGET holds."""
         sizes = [len(index.buffer) for index in self.mapped.values()]
-        if sum(sizes) <= RESIDENT_LIMIT:
-            self.batch = NEVER
-        else:  # a LOOKUP touches three places: table, record, row
-            self.batch = max(4, min(NEVER, BATCH_BUDGET // (3 * min(max(sizes), LARGEST_FAULT))))
+        self._watched = sum(sizes) > RESIDENT_LIMIT
+        if self._watched:  # a LOOKUP touches three places: table, record, row
+            self.batch = max(4, min(BATCH, BATCH_BUDGET // (3 * min(max(sizes), LARGEST_FAULT))))
+        else:
+            self.batch = BATCH
 
     def relieve(self) -> None:
         """Gives mapped pages back when this process has become large. Every thread calls it after ``batch`` requests."""
-        if (
-            self.batch < NEVER
-            and int(os.pread(self._statm, 64, 0).split()[1]) * mmap.PAGESIZE > RESIDENT_LIMIT
-        ):
+        if self._watched and int(os.pread(self._statm, 64, 0).split()[1]) * mmap.PAGESIZE > RESIDENT_LIMIT:
             for index in self.mapped.values():
                 if isinstance(index.buffer, mmap.mmap):
                     index.buffer.madvise(mmap.MADV_DONTNEED)
