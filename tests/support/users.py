@@ -1,7 +1,8 @@
 """Run programs of a test as an ordinary user without any right, with a /dev/fuse that this user may open.
 
-As root: user and group 12345, no capabilities; where /dev/fuse is root's alone, in a private mount namespace that has
-a node open to all, as udev makes it on usual machines. As anybody else: that user itself.
+As root: user and group 12345 without capabilities, in a private mount namespace where /dev/fuse is open to all, as udev
+makes it on usual machines, and where the checkout can be read even if it lies in a private home. As anybody else: that
+user itself.
 """
 
 from __future__ import annotations
@@ -16,22 +17,20 @@ from pathlib import Path
 from tests.support.places import ROOT
 
 USER_ID = 12345
-_OPEN_FUSE = """
-mount -t tmpfs -o mode=755 none "$1"
-mknod -m 666 "$1/fuse" c 10 229
-mount --bind "$1/fuse" /dev/fuse
-umount -l "$1"
-shift
+_PREPARE = """
+home=$1 source=$2 packages=$3
+shift 3
+mkdir -p "$home/source" "$home/packages" "$home/node"
+mount --bind "$source" "$home/source"
+mount --bind "$packages" "$home/packages"
+if [ "$(stat -c %a /dev/fuse)" != 666 ]; then
+  mount -t tmpfs -o mode=755 none "$home/node"
+  mknod -m 666 "$home/node/fuse" c 10 229
+  mount --bind "$home/node/fuse" /dev/fuse
+  umount -l "$home/node"
+fi
 exec "$@"
 """
-
-
-def fuse_is_open() -> bool:
-    """Whether everybody may use /dev/fuse."""
-    try:
-        return Path("/dev/fuse").stat().st_mode & 0o666 == 0o666
-    except FileNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,17 @@ class OtherUser:
 
 def other_user(home: Path) -> OtherUser | str:
     """The user with ``home`` (an empty directory that all may enter), or why there is none."""
+    source, packages = ROOT / "src", Path(next(path for path in sys.path if path.endswith("site-packages")))
+    if not Path("/dev/fuse").exists():
+        return "there is no /dev/fuse"
     prefix: list[str] = []
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None or shutil.which("unshare") is None:
             return "setpriv and unshare (util-linux) are not installed"
         os.chown(home, USER_ID, USER_ID)
-        drop = [
+        script = ["sh", "-euc", _PREPARE, "sh", str(home), str(source), str(packages)]
+        prefix = ["unshare", "--mount", "--propagation", "private", *script]
+        prefix += [
             "setpriv",
             "--reuid",
             str(USER_ID),
@@ -90,34 +94,24 @@ def other_user(home: Path) -> OtherUser | str:
             "--clear-groups",
             "--inh-caps=-all",
         ]
-        if not fuse_is_open():
-            if not Path("/dev/fuse").exists():
-                return "there is no /dev/fuse"
-            node = home / ".node"
-            node.mkdir()
-            script = ["sh", "-ec", _OPEN_FUSE, "sh", str(node)]
-            prefix = ["unshare", "--mount", "--propagation", "private", *script]
-            trial = subprocess.run([*prefix, "true"], capture_output=True, text=True)
-            if trial.returncode:
-                return f"/dev/fuse is root's alone, and no private one can be made: {trial.stderr.strip()}"
-        prefix += drop
+        trial = subprocess.run([*prefix, "true"], capture_output=True, text=True)
+        if trial.returncode:
+            return f"no private mounts for an ordinary user can be made here: {trial.stderr.strip()}"
+        source, packages = home / "source", home / "packages"
     elif not os.access("/dev/fuse", os.R_OK | os.W_OK):
         return "this user may not open /dev/fuse"
-    environment = {
-        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        "LANG": "C.UTF-8",
-    }
-    environment |= {name: value for name, value in os.environ.items() if name.startswith("VENEER_")}
-    packages = next(path for path in sys.path if path.endswith("site-packages"))
-    environment["PYTHONPATH"] = f"{ROOT / 'src'}:{packages}"
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    environment = {name: value for name, value in os.environ.items() if name.startswith("VENEER_")}
+    environment |= {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"}
+    environment |= {"HOME": str(home), "TMPDIR": str(home)}
+    environment |= {"PYTHONPATH": f"{source}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
     version = "import sys, veneer; print(sys.version_info[:2])"
     for python in (sys.executable, "/usr/bin/python3"):
-        trial = subprocess.run(
-            [*prefix, python, "-c", version], env=environment, cwd="/", capture_output=True, text=True
-        )
+        try:
+            trial = subprocess.run(
+                [*prefix, python, "-c", version], env=environment, cwd="/", capture_output=True, text=True
+            )
+        except OSError:
+            continue
         if trial.returncode == 0 and trial.stdout.strip() == str(sys.version_info[:2]):
             return OtherUser(home, tuple(prefix), environment, python)
-    return f"user {USER_ID} can run neither {sys.executable} nor a /usr/bin/python3 of the same version with this checkout"
+    return f"an ordinary user can run neither {sys.executable} nor a /usr/bin/python3 of the same version"
