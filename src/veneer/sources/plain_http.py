@@ -58,7 +58,7 @@ class PlainHttp:
         except _NETWORK_ERRORS as error:
             raise self._failure(error) from None
         finally:
-            _shut(sock)
+            _shut(sock, response)
         return b"".join(parts)
 
     async def open(self, path: str, start: int = 0, end: int | None = None, version: str = "") -> Body:
@@ -78,7 +78,7 @@ class PlainHttp:
             try:
                 size = _check_range(response, start, end)
             except TransferError:
-                _shut(sock)
+                _shut(sock, response)
                 raise
         return _PlainBody(self, sock, response, size, self._workers)
 
@@ -90,7 +90,7 @@ class PlainHttp:
                 return sock, response
             location = response.headers.get("Location")
             after = _retry_after(response.headers.get("Retry-After"))
-            _shut(sock)
+            _shut(sock, response)
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 raise status_error(response.status, after)
             try:
@@ -208,7 +208,7 @@ class _PlainBody:
             yield chunk
 
     async def close(self) -> None:
-        _shut(self._sock)  # a thread that still reads from it gets an error
+        _shut(self._sock, self._response)  # a thread that still reads from it gets an error
 
     def _read(self, size: int) -> bytes:
         try:
@@ -255,8 +255,10 @@ def _cut() -> TransferError:
     return TransferError(Fault.PASSING, "connection closed in the middle of an answer")
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sock: socket.socket, response: http.client.HTTPResponse | None = None) -> None:
     """Close, and wake a thread that waits for data on it."""
     with contextlib.suppress(OSError):  # not connected any more
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
+    if response is not None:
+        response.close()
