@@ -104,7 +104,8 @@ def other_user(home: Path) -> OtherUser | str:
     environment |= {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
     environment |= {"PYTHONPATH": f"{source}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
-    version = "import sys, veneer; print(sys.version_info[:2])"
+    # setpriv still has its rights when it executes the interpreter; what that starts itself has not.
+    version = "import subprocess, sys, veneer; subprocess.run([sys.executable, '-c', '']); print(sys.version_info[:2])"
     for python in (sys.executable, "/usr/bin/python3"):
         try:
             trial = subprocess.run(
