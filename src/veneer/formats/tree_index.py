@@ -36,7 +36,6 @@ wrong answers or FormatError, and no other error.
 from __future__ import annotations
 
 import enum
-import hashlib
 import mmap
 import stat
 import struct
@@ -168,6 +167,8 @@ def encode_tree(
 
 
 def _digest(buffer: bytes | bytearray | memoryview | mmap.mmap) -> bytes:
+    import hashlib  # here, because the mount server starts in milliseconds and does without
+
     with memoryview(buffer) as view, view[HEADER_SIZE:] as body:
         return hashlib.blake2b(body, digest_size=16).digest()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import select
 import socket
@@ -193,6 +192,8 @@ class Misses:
 
     def _talk(self, connection: socket.socket) -> None:
         """One connection, from HELLO to its end. OSError, FormatError, DaemonError: it ended."""
+        import json  # after the first requests can be answered, rather than before
+
         greeted = time.monotonic()
         hello = json.dumps({"version": request_wire.VERSION, "view": self._view}).encode()
         with self._lock:
@@ -269,6 +270,8 @@ class Misses:
             raise FormatError(f"unexpected {frame.kind.name}", where="request protocol")
 
     def _welcomed(self, frame: Frame) -> None:
+        import json
+
         try:
             generation = bytes.fromhex(json.loads(frame.body)["generation"])
         except (ValueError, KeyError, TypeError) as error:
