@@ -23,8 +23,8 @@ _TEXT_LIMIT = 4000
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """``init``: fds [its pidfd]. ``started``: fds [the command's pidfd]. ``stopped``: number. ``ended``: status as of
-    RunOutcome. ``server-ended``, ``warning``: text. ``failed``: text (what), where, hint, error (class name)."""
+    """``init``: fds [its pidfd]. ``started``: fds [the command's pidfd]. ``stopped``: number. ``ended``: status, signal
+    as of RunOutcome. ``server-ended``, ``warning``: text. ``failed``: text (what), where, hint, error (class name)."""
 
     kind: Kind
     fields: dict[str, Any]

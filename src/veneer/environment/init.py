@@ -56,10 +56,10 @@ def run_init(task: InitTask) -> NoReturn:
         task.channel.send("init", [os.pidfd_open(os.getpid())])
         server = _build(task)
         command = _start_command(task)
-        status = _wait_for_command(task.channel, command, server.pid)
+        code = os.waitstatus_to_exitcode(_wait_for_command(task.channel, command, server.pid))
         _kill_others(server.pid)
         _stop(server.pid)
-        task.channel.send("ended", status=status)
+        task.channel.send("ended", status=code if code >= 0 else 128 - code, signal=max(0, -code))
     except BrokenPipeError:
         os._exit(OUR_FAULT)  # the supervisor is gone: there is nobody to tell
     except VeneerError as error:
@@ -147,14 +147,15 @@ def _become_command(task: InitTask) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_SETMASK, task.caller_mask)
         os.execvpe(program, task.spec.command, task.spec.environ)
     except OSError as error:
-        status, text = _exec_failure(program, error)
+        status, text = _exec_failure(program, os.get_exec_path(task.spec.environ), error)
         os.write(2, f"veneer: {printable(text)}\n".encode(errors="replace"))
     finally:
         os._exit(status)
 
 
-def _exec_failure(program: str, error: OSError) -> tuple[int, str]:
-    if error.errno == errno.ENOENT and "/" not in program:
+def _exec_failure(program: str, path: list[str], error: OSError) -> tuple[int, str]:
+    # The error may be that of a directory in PATH which we may not enter.
+    if "/" not in program and not any(os.access(Path(directory, program), os.F_OK) for directory in path):
         return NOT_FOUND, f"{program}: command not found"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         if os.path.lexists(program):
@@ -164,14 +165,14 @@ def _exec_failure(program: str, error: OSError) -> tuple[int, str]:
 
 
 def _wait_for_command(channel: Channel, command: int, server: int) -> int:
-    """Reap everything until the command has ended; its status."""
+    """Reap everything until the command has ended; its wait status."""
     while True:
         pid, status = os.waitpid(-1, os.WUNTRACED)
         if os.WIFSTOPPED(status):
             if pid == command:
                 channel.send("stopped", number=os.WSTOPSIG(status))
         elif pid == command:
-            return exit_status(status)
+            return status
         elif pid == server:
             channel.send("server-ended", text=describe_end(status))
 
@@ -196,12 +197,6 @@ def _stop(server: int) -> None:
     signal.pidfd_send_signal(handle, signal.SIGTERM)
     if not select.select([handle], [], [], STOP_SECONDS)[0]:
         signal.pidfd_send_signal(handle, signal.SIGKILL)
-
-
-def exit_status(status: int) -> int:
-    """A wait status as a shell's ``$?``."""
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
 
 
 def describe_end(status: int) -> str:

@@ -47,7 +47,7 @@ class RunSpec:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """``status``: the command's exit status, or 128 + the signal that ended it.
+    """``status``: the command's exit status, or 128 + ``signal``, the one that ended it (0: none did).
 
     ``report``: the mount server's own report, and beside it ``warnings`` (a list of sentences) and, when the mount server
     ended before the command did, ``mount_server_ended`` (how, in words).
@@ -55,6 +55,7 @@ class RunOutcome:
 
     status: int
     report: dict[str, Any]
+    signal: int = 0
 
 
 def check_name(name: str) -> None:

@@ -57,10 +57,16 @@ def run(
     mount server, for tests. UsageError: the name is in use, the store directory cannot be provided. MachineError: what to
     enable. CacheError: no cache directory. VeneerError: the environment was killed.
     """
-    warn = warn or _warn_on_stderr
+    voice = warn or _warn_on_stderr
+    warnings: list[str] = []
+
+    def tell(text: str) -> None:
+        warnings.append(text)
+        voice(text)
+
     with _standard_descriptors(), _signals_blocked() as (signals, caller_mask), _foreground_restored():
         cache_fd = _open_cache(spec.cache_root)
-        layer = _take_layer(spec, warn)
+        layer = _take_layer(spec, tell)
         try:
             facts = read_facts(spec.store_dir, os.fspath(layer.directory) if layer else None)
             steps = plan(facts, spec)
@@ -68,12 +74,14 @@ def run(
             keeper = _start(spec, facts, steps, cache_fd, caller_mask, load)
             os.close(cache_fd)
             cache_fd = -1
-            return _Supervisor(keeper, signals, warn).wait()
+            outcome = _Supervisor(keeper, signals, tell).wait()
+            outcome.report["warnings"] = warnings
+            return outcome
         finally:
             if cache_fd >= 0:
                 os.close(cache_fd)
             if layer is not None:
-                _release(layer, warn)
+                _release(layer, tell)
 
 
 @dataclass(slots=True)
@@ -162,10 +170,10 @@ class _Supervisor:
     init: int = -1
     command: int = -1
     status: int | None = None
+    ended_by: int = 0
     aborted_by: int | None = None
     error: VeneerError | None = None
     server_ended: str = ""
-    warnings: list[str] = field(default_factory=list)
     report: bytearray = field(default_factory=bytearray)
 
     def wait(self) -> RunOutcome:
@@ -216,14 +224,14 @@ class _Supervisor:
             case "stopped":
                 self._on_stop(fields["number"])
             case "ended":
-                self.status = fields["status"]
+                self.status, self.ended_by = fields["status"], fields["signal"]
             case "server-ended":
                 self.server_ended = fields["text"]
-                self._warn(
+                self.warn(
                     f"the mount server ended early ({fields['text']}): the store cannot be read any more"
                 )
             case "warning":
-                self._warn(fields["text"])
+                self.warn(fields["text"])
             case "failed":
                 self.error = failure(message)
 
@@ -251,11 +259,11 @@ class _Supervisor:
         """K is a zombie. I ends after every process of its namespace, and it may still be at that."""
         os.waitpid(self.keeper.pid, 0)
         if self.init >= 0 and not select.select([self.init], [], [], _LEAVE_SECONDS)[0]:
-            self._warn("processes of the environment could not be ended: they wait for the kernel")
+            self.warn("processes of the environment could not be ended: they wait for the kernel")
 
     def _outcome(self) -> RunOutcome:
         if self.aborted_by is not None:
-            return RunOutcome(128 + self.aborted_by, {"warnings": self.warnings})
+            return RunOutcome(128 + self.aborted_by, {}, self.aborted_by)
         report = self._parsed_report()
         if self.error is not None:
             if "error" in report:
@@ -263,10 +271,9 @@ class _Supervisor:
             raise self.error
         if self.status is None:
             raise VeneerError("the environment was killed", hint="its processes and mounts are gone")
-        report["warnings"] = self.warnings
         if self.server_ended:
             report["mount_server_ended"] = self.server_ended
-        return RunOutcome(self.status, report)
+        return RunOutcome(self.status, report, self.ended_by)
 
     def _parsed_report(self) -> dict[str, Any]:
         try:
@@ -275,10 +282,6 @@ class _Supervisor:
             self.server_ended = self.server_ended or "its report is cut off"
             return {}
         return report if isinstance(report, dict) else {}
-
-    def _warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.warn(text)
 
 
 def _open_cache(root: Path) -> int:
