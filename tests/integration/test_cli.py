@@ -136,6 +136,14 @@ def test_the_status_of_the_command_is_passed_on(served: Served, words: list[str]
 
 
 @pytest.mark.fuse
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPIPE])
+def test_a_death_by_signal_is_died_again(served: Served, number: int) -> None:
+    done = served.veneer("run", "--", "sh", "-c", f"kill -{number} $$")
+    assert done.returncode == -number
+    assert "no store path was touched" in done.stderr
+
+
+@pytest.mark.fuse
 def test_options_after_the_command_are_the_commands_own(served: Served) -> None:
     done = served.veneer("run", "echo", "--quiet", "--json")
     assert done.stdout == "--quiet --json\n"

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import quote
 
 from veneer.cli.output import parse_size
 from veneer.model.errors import UsageError, printable
@@ -232,6 +231,8 @@ def source_url(text: str) -> str:
     if "://" not in text:
         if text in NIX_SPECIAL:
             raise UsageError(f"{text} is no binary cache", hint=_CACHE_HINT)
+        from urllib.parse import quote
+
         path, mark, query = text.partition("?")
         return "file://" + quote(str(Path(path).resolve())) + mark + query
     scheme = text.partition("://")[0]

@@ -24,10 +24,15 @@ from veneer.model.errors import UsageError, VeneerError
 KEY_NAME = "demo-1"
 SHOWN_UNTOUCHED = 8
 _SECONDS = 60
+_DAEMON_SECONDS = 10
 
 
 @click.command()
-@click.option("--keep", metavar="DIR", help="Make it in this new directory, and leave it there.")
+@click.option(
+    "--keep",
+    metavar="DIR",
+    help="Make it in this new directory and leave it: binary-cache, key.pub, program, cache.",
+)
 @json_option()
 @click.pass_obj
 def demo(output: Output, keep: str | None) -> int:
@@ -58,10 +63,10 @@ def demo(output: Output, keep: str | None) -> int:
         document = _document(made, closure.command, runs)
         output.result(_text(document), document)
         if keep is not None:
-            output.note(
-                f"kept in {root}: veneer run --cache {root}/binary-cache --trusted-public-key {made.key} -- …"
-            )
-        _wait_for_daemon(root / "cache")
+            (root / "key.pub").write_text(made.key + "\n")
+            (root / "program").write_text(closure.command[0] + "\n")
+            flags = f"--cache {root}/binary-cache --trusted-public-key {made.key}"
+            output.note(f"kept in {root}: veneer run {flags} -- {closure.command[0]}")
     return next((run.status for run in runs if run.status), 0)
 
 
@@ -99,13 +104,14 @@ def _directory(keep: str | None) -> Iterator[Path]:
             root.mkdir(parents=True)
         except OSError as error:
             raise UsageError(f"cannot make the directory: {error.strerror}", where=str(root)) from error
-        yield root
-        return
-    root = Path(tempfile.mkdtemp(prefix="veneer-demo-"))
+    else:
+        root = Path(tempfile.mkdtemp(prefix="veneer-demo-"))
     try:
         yield root
     finally:
-        shutil.rmtree(root)
+        _wait_for_daemon(root / "cache")
+        if keep is None:
+            shutil.rmtree(root)
 
 
 def _make_cache(cache: Path, closure: object) -> Made:
@@ -152,16 +158,17 @@ def _run(root: Path, url: str, key: str, command: Sequence[str], output: Output,
         output.stdout.write(f"\n$ veneer {shlex.join([*own, '--', *command])}\n")
         output.stdout.flush()
     began = time.monotonic()
-    done = subprocess.run(
-        full, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, check=False
-    )
+    try:
+        done = subprocess.run(
+            full, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise VeneerError(f"the demo's program did not end within {_SECONDS} s") from error
     seconds = time.monotonic() - began
     if not output.json:
         output.stdout.write(done.stdout)
         output.stdout.flush()
-    return Run(
-        done.returncode, seconds, done.stdout, json.loads(report.read_bytes()) if report.exists() else {}
-    )
+    return Run(done.returncode, seconds, done.stdout, json.loads(report.read_bytes()))
 
 
 def _document(made: Made, command: Sequence[str], runs: Sequence[Run]) -> dict[str, object]:
@@ -223,6 +230,14 @@ def _text(document: dict[str, object]) -> str:
 def _wait_for_daemon(cache: Path) -> None:
     """Until the private daemon has let go of its cache directory: it outlives its last client for a moment."""
     lock = cache / "lock"
-    if lock.exists():
-        with open(lock, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    if not lock.exists():
+        return
+    deadline = time.monotonic() + _DAEMON_SECONDS
+    with open(lock, "rb") as file:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.02)  # waiting in the kernel would have no limit
+            else:
+                return

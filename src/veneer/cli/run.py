@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,14 +68,14 @@ def run(
       veneer run --cache https://cache.example.org -- /nix/store/…-hello/bin/hello
       veneer run --name dev
     """
-    from veneer import environment
-
     settings = load_settings(flags)
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
     began = time.monotonic()
     with _daemon(settings, session, output) as client:
+        from veneer import environment  # while the daemon starts
+
         outcome = environment.run(
             environment.RunSpec(
                 command=tuple(words),
@@ -98,7 +99,7 @@ def run(
         for line in troubles(outcome.report):
             output.warning(line)
         output.note(closing_line(document))
-    return _end_as(outcome.status)
+    return _end_as(outcome.status, outcome.signal)
 
 
 @contextlib.contextmanager
@@ -151,13 +152,14 @@ def _write_report(name: str, document: Mapping[str, object]) -> None:
         raise VeneerError(f"cannot write the report: {error.strerror}", where=name) from error
 
 
-def _end_as(status: int) -> int:
-    """The status to exit with; for a command that died by a signal (negative), die by it."""
-    if status >= 0:
+def _end_as(status: int, number: int) -> int:
+    """The status to exit with; for a command that died by a signal, die by it."""
+    if not number:
         return status
-    number = -status
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has dumped already
-    signal.signal(number, signal.SIG_DFL)
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    sys.stdout.flush()
     os.kill(os.getpid(), number)
-    return 128 + number
+    return status  # a signal that does not end a process
