@@ -8,7 +8,7 @@ import click
 
 from veneer.cli.config import Flags
 from veneer.cli.options import json_option, settings_flags
-from veneer.cli.output import Output, format_size, table
+from veneer.cli.output import Output, format_seconds, format_size, table
 
 
 @click.command()
@@ -60,6 +60,10 @@ def _cell(name: str, value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int) and "bytes" in name:
         return format_size(value)
+    if name == "uptime_seconds" and isinstance(value, int | float):
+        return format_seconds(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
     if name == "time" and isinstance(value, int | float):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     return str(value)
