@@ -128,3 +128,49 @@ def _read_request(connection: socket.socket) -> Request | None:
     method, target, _ = first.split(" ")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
     return Request(method, target, headers)
+
+
+class TunnelProxy:
+    """A proxy for CONNECT that leads every tunnel to ``port`` on this machine. A context manager."""
+
+    def __init__(self, port: int) -> None:
+        self.asked: list[str] = []
+        owner = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as inner:
+                    head = b""
+                    while b"\r\n\r\n" not in head:
+                        head += self.request.recv(65536)
+                    owner.asked.append(head.split(b"\r\n")[0].decode())
+                    self.request.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                    back = threading.Thread(target=_pump, args=(inner, self.request), daemon=True)
+                    back.start()
+                    _pump(self.request, inner)
+                    back.join()
+
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)

@@ -1,0 +1,143 @@
+"""Store URLs: what is accepted, what is identity, and that secrets show nowhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.model.errors import UsageError
+from veneer.sources.options import parse_source_url, without_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "address"),
+    [
+        ("https://cache.nixos.org", "https://cache.nixos.org", "https://cache.nixos.org"),
+        ("https://cache.nixos.org/", "https://cache.nixos.org", "https://cache.nixos.org"),
+        ("http://HOST:8080/a%20b/c/?priority=3", "http://host:8080/a%20b/c", "http://host:8080/a%20b/c"),
+        ("http://[::1]:80/x", "http://[::1]:80/x", "http://[::1]:80/x"),
+        ("file:///srv/my%20cache/", "file:///srv/my%20cache", "/srv/my cache"),
+        ("file:///", "file:///", "/"),
+        ("/srv/my cache", "file:///srv/my%20cache", "/srv/my cache"),
+        ("/srv/50%25?x=1", "file:///srv/50%2525%3Fx%3D1", "/srv/50%25?x=1"),
+        ("s3://bucket", "s3://bucket", "bucket"),
+        ("s3://bucket/pre%20fix?region=eu-1", "s3://bucket/pre%20fix?region=eu-1", "bucket/pre fix"),
+        ("gs://bucket/x", "gs://bucket/x", "bucket/x"),
+        ("az://account/container", "az://account/container", "account/container"),
+    ],
+)
+def test_identity_and_address(text: str, url: str, address: str) -> None:
+    config = parse_source_url(text)
+    assert (config.url, config.address) == (url, address)
+
+
+def test_a_relative_directory_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_source_url("./cache").address == os.path.join(tmp_path, "cache")  # noqa: PTH118
+    assert parse_source_url("cache").address == str(tmp_path / "cache")
+
+
+def test_identity_is_parsed_back_to_itself() -> None:
+    for text in (
+        "file:///a%20b",
+        "https://u:p@host/x?priority=1",
+        "s3://b/c?endpoint=http://h:1&region=r",
+        "/x?y#z",
+    ):
+        url = parse_source_url(text).url
+        assert parse_source_url(url).url == url
+
+
+def test_keys_of_every_source() -> None:
+    config = parse_source_url("https://host?priority=-5&trusted=true&want-mass-query=1")
+    assert (config.priority, config.trusted, config.want_mass_query) == (-5, True, True)
+    plain = parse_source_url("https://host")
+    assert (plain.priority, plain.trusted, plain.want_mass_query) == (None, False, None)
+    assert parse_source_url("https://host?trusted=false").trusted is False
+
+
+def test_nix_keys_for_writers_are_ignored() -> None:
+    config = parse_source_url(
+        "file:///x?compression=zstd&secret-key=/k&parallel-compression=true&nobody-knows=1"
+    )
+    assert config.ignored == ("compression", "secret-key", "parallel-compression", "nobody-knows")
+
+
+def test_s3_keys_are_part_of_the_identity() -> None:
+    config = parse_source_url(
+        "s3://bucket?region=r&endpoint=https://minio:9000&profile=p&scheme=http&priority=1"
+    )
+    assert config.url == "s3://bucket?endpoint=https://minio:9000&profile=p&region=r&scheme=http"
+    assert dict(config.s3)["endpoint"] == "https://minio:9000"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "not a store URL"),
+        ("http:host", "not a store URL"),
+        ("ssh://host", "not supported: ssh"),
+        ("http://", "no host"),
+        ("https:///path", "no host"),
+        ("s3:///x", "no bucket"),
+        ("file://relative/path", "names no host"),
+        ("http://host:port", "not a URL"),
+        ("http://[::1", "not a URL"),
+        ("http://host/#x", "fragment"),
+        ("http://host?priority=high", "not a number"),
+        ("http://host?priority=1_0", "not a number"),
+        ("http://host?trusted=maybe", "neither true nor false"),
+        ("http://host?trusted=", "neither true nor false"),
+        ("http://host?trustd=true", "unknown key"),
+        ("http://host?prioritiy=1", "unknown key"),
+        ("s3://bucket?endpont=x", "unknown key"),
+    ],
+)
+def test_refused_urls_say_why(text: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        parse_source_url(text)
+
+
+def test_a_near_miss_gets_a_hint() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_source_url("http://host?trustd=true")
+    assert caught.value.hint == "did you mean trusted?"
+
+
+def test_secrets_show_nowhere() -> None:
+    config = parse_source_url("https://us%3Aer:pa%40ss@host/x")
+    assert (config.user, config.password) == ("us:er", "pa@ss")
+    assert config.url == config.address == "https://host/x"
+    assert "pa" not in repr(config)
+    for text in ("https://u:secret@host:port/", "https://u:secret@host?trustd=1", "ssh://u:secret@host"):
+        with pytest.raises(UsageError) as caught:
+            parse_source_url(text)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://u:p@host/a?token=x#y", "https://host/a"),
+        ("https://u:p@ss@host/a", "https://host/a"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("https://host/\x1b[31m", "https://host/\\x1b[31m"),
+    ],
+)
+def test_urls_in_messages_hold_no_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+
+
+@given(
+    st.text(max_size=80), st.sampled_from(["", "http://", "https://u:p@h/", "file:///", "s3://b/", "gs://"])
+)
+def test_any_text_is_accepted_or_refused_as_usage(text: str, before: str) -> None:
+    try:
+        config = parse_source_url(before + text)
+    except UsageError:
+        return
+    assert config.url.isprintable()
