@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from veneer.environment import machine, serving, syscalls
+from veneer.environment import machine, namespace, serving, syscalls
 from veneer.environment import plan as p
 from veneer.environment.apply import Executor, StepError
 from veneer.environment.channel import Channel
@@ -33,11 +33,12 @@ STOP_SECONDS = 5.0
 
 @dataclass(slots=True)
 class InitTask:
-    """What the supervisor hands down. ``parent_alive``: a pipe that says end-of-file when our parent is gone.
+    """What the supervisor hands down. ``owner``: the caller's user and group. ``parent_alive``: a pipe that says end-of-file when our parent is gone.
     ``report_fd``: for the mount server alone. ``layer_may_move``: a refused writable layer may be replaced by memory."""
 
     spec: RunSpec
     facts: HostFacts
+    owner: tuple[int, int]
     steps: list[p.Step]
     channel: Channel
     parent_alive: int
@@ -145,12 +146,22 @@ def _become_command(task: InitTask) -> NoReturn:
         # In this order: a signal that came in between would run a handler of ours and be lost.
         syscalls.reset_signal_handlers()
         signal.pthread_sigmask(signal.SIG_SETMASK, task.caller_mask)
+        if task.facts.needs_user_namespace and not task.spec.map_root and task.owner != (0, 0):
+            _leave_root(*task.owner)
         os.execvpe(program, task.spec.command, task.spec.environ)
     except OSError as error:
         status, text = _exec_failure(program, os.get_exec_path(task.spec.environ), error)
         os.write(2, f"veneer: {printable(text)}\n".encode(errors="replace"))
     finally:
         os._exit(status)
+
+
+def _leave_root(uid: int, gid: int) -> None:
+    try:
+        namespace.show_as(uid, gid)
+    except OSError as error:
+        os.write(2, f"veneer: {machine.namespaces_refused(error)}\n".encode())
+        os._exit(OUR_FAULT)
 
 
 def _exec_failure(program: str, path: list[str], error: OSError) -> tuple[int, str]:

@@ -120,7 +120,7 @@ def _try_in_child(writer: int, *, with_user: bool) -> None:
     """Make the namespaces, then ask for an overlay of nothing: EINVAL from a kernel that has it, ENODEV from others."""
     status = _OUR_FAULT
     try:
-        namespace.enter(with_user=with_user, map_root=False)
+        namespace.enter(os.geteuid(), os.getegid(), with_user=with_user)
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_SLAVE)
         try:

@@ -114,6 +114,7 @@ def _start(
         task = InitTask(
             spec=spec,
             facts=facts,
+            owner=(os.geteuid(), os.getegid()),
             steps=steps,
             channel=theirs,
             parent_alive=-1,
@@ -136,8 +137,7 @@ def _keep(task: InitTask, parent: int) -> NoReturn:
         syscalls.set_process_name("veneer-keeper")
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         try:
-            facts, spec = task.facts, task.spec
-            namespace.enter(with_user=facts.needs_user_namespace, map_root=spec.map_root)
+            namespace.enter(*task.owner, with_user=task.facts.needs_user_namespace)
         except OSError as error:
             raise machine.namespaces_refused(error) from error
         # After the change of credentials, which clears it.
