@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
 from .errors import FormatError
 
 NIX32_ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
-_NIX32_VALUE = {c: i for i, c in enumerate(NIX32_ALPHABET)}
+_TO_BASE_32 = str.maketrans(NIX32_ALPHABET, "0123456789abcdefghijklmnopqrstuv")
+_FOREIGN = re.compile(f"[^{NIX32_ALPHABET}]")
 DIGEST_SIZES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 
 
@@ -35,12 +37,10 @@ def nix32_encode(data: bytes) -> str:
 
 def nix32_decode(text: str) -> bytes:
     """Bytes of Nix32 ``text``. FormatError on a foreign character or on bits beyond the last byte."""
-    number = 0
-    for c in text:
-        value = _NIX32_VALUE.get(c)
-        if value is None:
-            raise FormatError(f"not a Nix32 character: {c!r}", where="nix32")
-        number = number << 5 | value
+    foreign = _FOREIGN.search(text)
+    if foreign is not None:
+        raise FormatError(f"not a Nix32 character: {foreign[0]!r}", where="nix32")
+    number = int(text.translate(_TO_BASE_32), 32) if text else 0
     size = len(text) * 5 // 8
     if number >> (8 * size):
         raise FormatError("Nix32 text has bits beyond its last byte", where="nix32")

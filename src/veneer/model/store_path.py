@@ -15,6 +15,7 @@ DEFAULT_STORE_DIR = "/nix/store"
 HASH_PART_LENGTH = 32
 MAX_NAME_LENGTH = 211
 _BASENAME = re.compile(r"([0-9abcdfghijklmnpqrsvwxyz]{32})-([A-Za-z0-9+\-._?=]{1,211})")
+_DOTS = re.compile(r"\.\.?(-|$)")
 _HASH_PART = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}")
 
 
@@ -29,7 +30,7 @@ class StorePath:
     def parse(cls, basename: str) -> StorePath:
         """From ``<hash part>-<name>``. FormatError when it is not one."""
         match = _BASENAME.fullmatch(basename)
-        if match is None or re.match(r"\.\.?(-|$)", match[2]):
+        if match is None or (match[2][0] == "." and _DOTS.match(match[2])):
             raise FormatError(f"not a store path name: {basename[:300]!r}", where="store path")
         return cls(match[1], match[2])
 
