@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from veneer.formats.signature import PublicKey
-from veneer.model.errors import FormatError
+from veneer.model.errors import FormatError, UsageError
 from veneer.model.store_path import DEFAULT_STORE_DIR
 from veneer.sources.base import Source
 from veneer.sources.chain import SourceChain
@@ -77,7 +77,7 @@ def open_view(
     make_chain: Callable[[list[Source]], SourceChain],
 ) -> View:
     """Build a view. ``make_source`` gives a URL's source and whether the URL says ``trusted``."""
-    keys = tuple(PublicKey.parse(text) for text in config.keys)
+    keys = tuple(_key(text) for text in config.keys)
     sources: list[Source] = []
     trusted: set[str] = set()
     deferred: set[str] = set()
@@ -97,3 +97,12 @@ def open_view(
         config.negative_ttl,
         config.store_dir,
     )
+
+
+def _key(text: str) -> PublicKey:
+    try:
+        return PublicKey.parse(text)
+    except FormatError as error:
+        raise UsageError(
+            f"not a public key: {text!r}", hint="keys look like cache.example.org-1:BASE64"
+        ) from error
