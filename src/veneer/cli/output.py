@@ -171,7 +171,7 @@ class Output:
             TransferSpeedColumn(),
             TextColumn("{task.fields[paths]}"),
         )
-        console = Console(file=self.stderr, no_color=not self._color())
+        console = Console(file=self.stderr, no_color=not self._color(), _environ=self.environ)
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=None, paths="")
 
