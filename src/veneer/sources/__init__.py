@@ -5,7 +5,7 @@
 
 ``object_store`` is the source behind http(s), file, s3, gs and az URLs. It gives answers their meaning; how bytes come is
 below it: ``transport`` (contract and the one failure type), ``stored_objects`` (obstore), ``plain_http`` (standard library,
-for what obstore cannot do), ``http_place`` (which of the two), ``nar_stream`` (a NAR through interruptions), ``retry``,
+for what obstore cannot do), ``http_place`` (which of the two), ``directory``, ``nar_stream`` (a NAR through interruptions), ``retry``,
 ``bodies``, ``credentials``, ``workers`` (threads that do not hold up the process's end).
 
 Nothing here trusts what a source says; sizes and times are bounded, and no secret is in a message.

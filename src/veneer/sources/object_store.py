@@ -29,12 +29,13 @@ from veneer.model.store_path import is_hash_part
 from .base import Meter, RangesUnsupportedError, unmetered
 from .bodies import collected
 from .credentials import Logins
+from .directory import DirectoryObjects
 from .http_place import HttpPlace
 from .nar_stream import NarStream
 from .options import SourceConfig, SourceOptions, without_secrets
 from .plain_http import PlainHttp
 from .retry import Retry
-from .stored_objects import bucket_objects, directory_objects, http_objects
+from .stored_objects import bucket_objects, http_objects
 from .transport import Fault, Patience, TransferError, Transport, too_long
 from .workers import Workers
 
@@ -221,7 +222,7 @@ class ObjectStoreSource:
 def _open_transport(config: SourceConfig, options: SourceOptions, workers: Workers) -> Transport:
     patience = Patience(options.connect_seconds, options.stall_seconds)
     if config.scheme == "file":
-        return directory_objects(Path(config.address), patience)
+        return DirectoryObjects(Path(config.address), workers)
     ca_pem = _read_ca(options.ca_file)
     if config.scheme in ("s3", "gs", "az"):
         return bucket_objects(config, patience, ca_pem)

@@ -67,11 +67,11 @@ class PlainHttp:
             headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         if version:
             headers["If-Match"] = version
-        return await self._workers.run(self._open, path, headers, start, end)
+        return await self._workers.run(self._open, path, headers, start, end, dispose=_PlainBody.shut)
 
     async def close(self) -> None: ...
 
-    def _open(self, url: str, headers: dict[str, str], start: int, end: int | None) -> Body:
+    def _open(self, url: str, headers: dict[str, str], start: int, end: int | None) -> _PlainBody:
         sock, response = self._get(url, headers)
         size: int | None = response.length
         if "Range" in headers:
@@ -208,7 +208,11 @@ class _PlainBody:
             yield chunk
 
     async def close(self) -> None:
-        _shut(self._sock, self._response)  # a thread that still reads from it gets an error
+        self.shut()
+
+    def shut(self) -> None:
+        """A thread that still reads from it gets an error."""
+        _shut(self._sock, self._response)
 
     def _read(self, size: int) -> bytes:
         try:

@@ -1,4 +1,4 @@
-"""Objects through obstore: http(s), directories, S3, Google and Azure storage.
+"""Objects through obstore: http(s), S3, Google and Azure storage.
 
 What obstore does by itself (0.12): pooled connections, system and given CA certificates, http_proxy, https_proxy,
 all_proxy and no_proxy, at most 10 redirects (credentials are dropped when they lead to another host), Range requests
@@ -18,13 +18,12 @@ import re
 from collections.abc import AsyncGenerator, Callable
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError, PreconditionError
-from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from .credentials import read_aws_profile
 from .options import SourceConfig
@@ -45,14 +44,10 @@ _OBSTORE_ERRORS = (BaseError, OSError, ValueError)
 class StoredObjects:
     """``transport.Transport`` over one obstore place."""
 
-    def __init__(
-        self, make: StoreMaker, patience: Patience, client: ClientConfig, *, directory: Path | None = None
-    ) -> None:
-        """``directory``: of a file source, so that its absence is told from an object's."""
+    def __init__(self, make: StoreMaker, patience: Patience, client: ClientConfig) -> None:
         self._make = make
         self._patience = patience
         self._client = client
-        self._directory = directory
 
     def fetch(self, path: str, limit: int) -> bytes:
         try:
@@ -98,10 +93,7 @@ class StoredObjects:
         )
 
     def _failure(self, error: Exception) -> TransferError:
-        failure = _classify(error, self._patience)
-        if self._directory is not None and not self._directory.is_dir():
-            return TransferError(Fault.FATAL, "there is no such directory")
-        return failure
+        return _classify(error, self._patience)
 
 
 class _StoredBody:
@@ -143,15 +135,6 @@ def http_objects(
         return HTTPStore(address, client_options=options, retry_config=retry)
 
     return StoredObjects(make, patience, client)
-
-
-def directory_objects(directory: Path, patience: Patience) -> StoredObjects:
-    """A directory."""
-
-    def make(options: ClientConfig, retry: RetryConfig) -> ObjectStore:
-        return LocalStore(directory)
-
-    return StoredObjects(make, patience, {}, directory=directory)
 
 
 def bucket_objects(config: SourceConfig, patience: Patience, ca_pem: bytes | None) -> StoredObjects:
@@ -235,7 +218,7 @@ def _classify(error: Exception, patience: Patience) -> TransferError:
     if found := _STATUS.search(text):
         return status_error(int(found[1] or found[2]))
     if isinstance(error, FileNotFoundError):
-        return TransferError(Fault.MISSING, "no such file")
+        return TransferError(Fault.MISSING, "no such object")
     if isinstance(error, PermissionDeniedError) or "PermissionDenied" in text:
         return TransferError(Fault.FATAL, "permission denied")
     return _reason(text, patience)

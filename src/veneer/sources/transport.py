@@ -1,7 +1,7 @@
 """What a source needs from a client of objects, and the one kind of failure that such a client reports.
 
-Two clients fulfil it: ``stored_objects`` (obstore: pooled, fast, every scheme) and ``plain_http`` (standard library, for
-what the first cannot do). Neither retries: how often and when is decided in ``object_store``.
+Fulfilled by ``stored_objects`` (obstore: pooled and fast; http and buckets), ``plain_http`` (standard library, for what the
+first cannot do), ``http_place`` (both together) and ``directory``. None of them retries: how often and when is decided in ``object_store``.
 """
 
 from __future__ import annotations

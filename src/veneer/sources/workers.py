@@ -16,8 +16,9 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
-_Result = tuple["asyncio.Future[Any]", Any, BaseException | None]
+_Dispose = Callable[[Any], object] | None
+_Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], _Dispose]
+_Result = tuple["asyncio.Future[Any]", Any, BaseException | None, _Dispose]
 
 
 class Workers:
@@ -35,8 +36,13 @@ class Workers:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
-    async def run(self, function: Callable[..., T], *args: object) -> T:
-        """``function(*args)`` on a thread. Cancelling lets it run to its end unheard, or drops it if it still waits."""
+    async def run(
+        self, function: Callable[..., T], *args: object, dispose: Callable[[T], object] | None = None
+    ) -> T:
+        """``function(*args)`` on a thread. Cancelling lets it run to its end unheard, or drops it if it still waits.
+
+        ``dispose`` gets the result that a cancelled caller did not take: for results that must be closed.
+        """
         if self._closed:
             raise RuntimeError("closed")
         loop = self._loop
@@ -44,11 +50,17 @@ class Workers:
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._open += 1
-        self._jobs.put((future, function, args))
+        self._jobs.put((future, function, args, dispose))
         if self._threads < min(self._open, self._most):
             self._threads += 1
             threading.Thread(target=self._work, args=(loop,), name=self._name, daemon=True).start()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # It may have come at the moment of cancelling; asking for its exception tells asyncio that it was not lost.
+            if not future.cancelled() and future.exception() is None and dispose is not None:
+                dispose(future.result())
+            raise
 
     def close(self) -> None:
         """Let the threads end, each after its present job."""
@@ -58,15 +70,15 @@ class Workers:
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while (job := self._jobs.get()) is not None:
-            future, function, args = job
+            future, function, args, dispose = job
             result, failure = None, None
             if not future.cancelled():
                 try:
                     result = function(*args)
                 except BaseException as error:  # noqa: BLE001 - delivered to the caller, a panic of native code as well
                     failure = error
-            self._results.append((future, result, failure))
-            del job, future, function, args, result, failure
+            self._results.append((future, result, failure, dispose))
+            del job, future, function, args, dispose, result, failure
             if not self._waking:
                 self._waking = True
                 try:
@@ -77,11 +89,12 @@ class Workers:
     def _deliver(self) -> None:
         self._waking = False  # before the results are taken: whoever adds one from now on wakes again
         while self._results:
-            future, result, failure = self._results.popleft()
+            future, result, failure, dispose = self._results.popleft()
             self._open -= 1
-            if future.cancelled():
-                continue
-            if failure is None:
-                future.set_result(result)
-            else:
-                future.set_exception(failure)
+            if not future.cancelled():
+                if failure is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(failure)
+            elif dispose is not None and result is not None:
+                dispose(result)

@@ -67,6 +67,33 @@ def test_a_cancelled_wait_returns_at_once_and_leaves_the_rest_working() -> None:
     asyncio.run(main())
 
 
+def test_what_a_cancelled_caller_did_not_take_is_disposed_of() -> None:
+    async def main() -> None:
+        workers = Workers(1, "test")  # in order: when a later job is done, so are all before
+        made: list[int] = []
+        taken: list[int] = []
+        disposed: list[int] = []
+
+        def make() -> int:
+            made.append(len(made))
+            return made[-1]
+
+        async def take() -> None:
+            taken.append(await workers.run(make, dispose=disposed.append))
+
+        for turns in range(200):
+            task = asyncio.create_task(take())
+            for _ in range(turns % 5):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await workers.run(pow, 2, 2)
+        assert sorted(taken + disposed) == made
+        workers.close()
+
+    asyncio.run(main())
+
+
 def test_a_thread_that_is_stuck_does_not_hold_the_loop_up() -> None:
     gate = threading.Event()
 
