@@ -9,7 +9,6 @@ import re
 import secrets
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,9 @@ import pytest
 
 from tests.support.stub_daemon import StubDaemon
 from tests.support.users import OtherUser
+from veneer.environment import RunSpec, plan, syscalls
+from veneer.environment.apply import Executor, StepError
+from veneer.environment.facts import read_facts
 from veneer.formats.mountinfo import find_mount, parse_mountinfo
 
 DRIVER = Path(__file__).with_name("environment_driver.py")
@@ -524,6 +526,13 @@ class Terminal:
             self.seen += os.read(self.master, 4096).decode(errors="replace")
         self.seen = self.seen.split(text, 1)[1]
 
+    def expect_foreground(self, of: Callable[[int], bool]) -> None:
+        """Waits until the terminal's foreground group is one for which ``of`` says yes."""
+        deadline = time.monotonic() + PATIENCE
+        while not of(os.tcgetpgrp(self.master)):
+            assert time.monotonic() < deadline, "another process is in the foreground"
+            select.select([], [], [], 0.02)
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -561,30 +570,26 @@ def test_shell_inside_has_job_control_and_gives_the_terminal_back(
     running = machine.start(*command, stdin=terminal.slave, options=terminal.options())
     try:
         terminal.type("sleep 1000\n")
-        terminal.expect("sleep 1000")
-        deadline = time.monotonic() + PATIENCE
-        while "sleep" not in _foreground_command(terminal.slave, running) and time.monotonic() < deadline:
-            select.select([], [], [], 0.02)
+        terminal.expect_foreground(lambda group: _name(group) == "sleep")
         terminal.type("\x1a")
         terminal.expect("Stopped")
-        terminal.type("kill %1; echo job-$((1 + 1)); exit 4\n")
+        terminal.type("echo job-$((1 + 1))\n")
         terminal.expect("job-2")
+        terminal.type("exit 4\nexit 4\n")  # with a stopped job, the second time counts
         assert running.finish().code == 4
         assert "no job control" not in terminal.seen
     finally:
         running.kill()
 
 
-def _foreground_command(fd: int, running: Running) -> str:
-    """The name of the process that leads the terminal's foreground group; as the session's child sees it."""
-    stat = Path(f"/proc/{running.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    group = int(stat[5])
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{group}/comm").read_text()
-    return ""
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
-def test_whole_job_stops_and_goes_on(machine: Machine, terminal: Terminal, tmp_path: Path) -> None:
+def test_whole_job_stops_and_goes_on(machine: Machine, terminal: Terminal) -> None:
     """An interactive shell, veneer as its job, Ctrl-Z, fg: with a command that leaves stopping to the terminal."""
     _stop_and_continue(machine, terminal, "echo up; cat")
 
@@ -592,7 +597,7 @@ def test_whole_job_stops_and_goes_on(machine: Machine, terminal: Terminal, tmp_p
 def test_command_that_stops_itself_stops_the_job(machine: Machine, terminal: Terminal) -> None:
     """As pagers do: they catch Ctrl-Z and stop themselves alone."""
     _stop_and_continue(
-        machine, terminal, "trap 'trap - TSTP; kill -TSTP $$; cat' TSTP; echo up; sleep 1000 & wait"
+        machine, terminal, "trap 'trap - TSTP; kill -TSTP $$; cat; exit 0' TSTP; echo up; sleep 1000 & wait"
     )
 
 
@@ -606,14 +611,17 @@ def _stop_and_continue(machine: Machine, terminal: Terminal, script: str) -> Non
         ["bash", "--norc", "--noprofile", "-i"],
         env=machine.environment | {"PS1": "ready> "}, cwd=machine.home, stdin=terminal.slave, **terminal.options(),
     )  # fmt: skip
+    job = shell.pid
     try:
         terminal.expect("ready>")
         terminal.type(shlex.join([*machine.prefix, machine.python, str(DRIVER), "spec", "result"]) + "\n")
         terminal.expect("up")
+        job = os.tcgetpgrp(terminal.master)
         terminal.type("\x1a")
         terminal.expect("Stopped")
         terminal.expect("ready>")
         terminal.type("fg\n")
+        terminal.expect_foreground(lambda group: group == job)
         terminal.type("again\n")
         terminal.expect("again")
         terminal.expect("again")  # the echo, then the command
@@ -623,7 +631,9 @@ def _stop_and_continue(machine: Machine, terminal: Terminal, script: str) -> Non
         terminal.expect("status-0")
         shell.wait(PATIENCE)
     finally:
-        shell.kill()
+        if shell.poll() is None:  # with the job, which may be stopped
+            for group in {job, shell.pid}:
+                os.killpg(group, signal.SIGKILL)
         shell.wait(PATIENCE)
     assert json.loads(result.read_text())["status"] == 0
 
@@ -731,29 +741,40 @@ def test_device_that_may_not_be_opened_is_explained(unprivileged: Machine) -> No
     assert "666" in done.result["hint"]
 
 
-def test_missing_user_namespaces_are_explained(unprivileged: Machine) -> None:
-    """Root of a namespace in which no more may be made; then the user in it."""
-    limit = "echo 0 > /proc/sys/user/max_user_namespaces"
-    outer = [
-        "unshare",
-        "--user",
-        "--map-users=all",
-        "--map-groups=all",
-        "sh",
-        "-ec",
-        f'{limit}; exec "$@"',
-        "sh",
-    ]
-    if shutil.which("unshare") is None or subprocess.run([*outer, "true"], capture_output=True).returncode:
-        pytest.skip("this unshare cannot map all users")
-    start = next(i for i, word in enumerate(unprivileged.prefix) if Path(word).name == "setpriv")
-    unprivileged.prefix = [*unprivileged.prefix[:start], *outer, *unprivileged.prefix[start:]]
-    done = unprivileged.shell("true")
-    assert done.result["error"] == "MachineError"
-    assert "user.max_user_namespaces" in done.result["hint"]
-
-
 def test_missing_cache_directory_is_refused(machine: Machine) -> None:
     done = machine.shell("true", cache_root="/no/such/cache")
     assert done.result["error"] == "CacheError"
     assert machine.layers() == []
+
+
+def test_failed_plan_is_rolled_back() -> None:
+    """In a mount namespace of its own: everything up to the first mount that nobody can do, and back."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWNS)
+            syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_SLAVE)
+            before = _mounts_and_root()
+            facts = read_facts("/nix/store", None)
+            spec = RunSpec(("true",), Path("/"), None, Path("/"), 1.0, {}, "/")
+            steps: list[plan.Step] = []
+            for step in plan.plan(facts, spec):
+                broken = isinstance(step, plan.MountLower)
+                steps.append(plan.Bind("/no/such", "/nix/store") if broken else step)
+            executor = Executor(-1, lambda: None, lambda text: None)
+            try:
+                executor.apply(steps)
+            except StepError as error:
+                executor.roll_back()
+                status = 0 if _mounts_and_root() == before and error.rest else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def _mounts_and_root() -> tuple[set[tuple[bytes, bytes]], list[str]]:
+    mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+    return {(mount.mount_point, mount.fstype) for mount in mounts}, sorted(
+        p.name for p in Path("/").iterdir()
+    )

@@ -12,6 +12,6 @@ mount server's process) · ``init`` (pid 1 inside) · ``channel`` (init to super
 
 from veneer.environment.machine import probe
 from veneer.environment.spec import RunOutcome, RunSpec
-from veneer.environment.supervise import run
+from veneer.environment.supervise import Companion, run
 
-__all__ = ["RunOutcome", "RunSpec", "probe", "run"]
+__all__ = ["Companion", "RunOutcome", "RunSpec", "probe", "run"]

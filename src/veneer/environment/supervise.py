@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from veneer.environment import machine, namespace, serving, syscalls, upper
 from veneer.environment.channel import Channel, Message, failure
@@ -48,13 +48,29 @@ _LEAVE_SECONDS = 10.0
 _CHUNK = 1 << 16
 
 
+class Companion(Protocol):
+    """What the caller wants looked after while it blocks in ``run``: a connection of its own."""
+
+    def fileno(self) -> int:
+        """The descriptor to watch now; asked again after each ``readable``."""
+        ...
+
+    def readable(self) -> bool:
+        """It can be read. False: nothing is to be watched any more. Must not block or raise."""
+        ...
+
+
 def run(
-    spec: RunSpec, *, load_server: serving.LoadServer | None = None, warn: Warn | None = None
+    spec: RunSpec,
+    *,
+    load_server: serving.LoadServer | None = None,
+    warn: Warn | None = None,
+    companion: Companion | None = None,
 ) -> RunOutcome:
     """Run a command in an environment; blocks until it and everything that it left has ended.
 
     The process must have one thread. ``warn`` takes a sentence at once (default: stderr). ``load_server`` replaces the
-    mount server, for tests. UsageError: the name is in use, the store directory cannot be provided. MachineError: what to
+    mount server, for tests; ``companion`` is looked after meanwhile. UsageError: the name is in use, the store directory cannot be provided. MachineError: what to
     enable. CacheError: no cache directory. VeneerError: the environment was killed.
     """
     voice = warn or _warn_on_stderr
@@ -167,6 +183,7 @@ class _Supervisor:
     keeper: _Keeper
     signals: int
     warn: Warn
+    companion: Companion | None = None
     init: int = -1
     command: int = -1
     status: int | None = None
@@ -194,8 +211,14 @@ class _Supervisor:
         waiting = {keeper.pidfd, channel, keeper.report_fd}
         for fd in (*waiting, self.signals):
             poll.register(fd, select.POLLIN)
+        watched = self._watch_companion(poll)
         while waiting:
             for fd, _ in poll.poll():
+                if fd == watched:
+                    assert self.companion is not None
+                    poll.unregister(watched)
+                    watched = self._watch_companion(poll) if self.companion.readable() else -1
+                    continue
                 if fd == self.signals:
                     self._on_signal(syscalls.read_signal(fd))
                     more = True
@@ -213,6 +236,13 @@ class _Supervisor:
                 if not more:
                     poll.unregister(fd)
                     waiting.discard(fd)
+
+    def _watch_companion(self, poll: select.poll) -> int:
+        if self.companion is None:
+            return -1
+        fd = self.companion.fileno()
+        poll.register(fd, select.POLLIN)
+        return fd
 
     def _on_message(self, message: Message) -> None:
         fields = message.fields
