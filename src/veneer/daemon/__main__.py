@@ -13,6 +13,7 @@ from veneer.store.store import Limits
 from veneer.store.views import ViewConfig
 
 from .run import DaemonSettings, run_daemon
+from .worker import ANSWER_SECONDS
 
 
 def main() -> int:
@@ -30,6 +31,9 @@ def main() -> int:
     parser.add_argument("--parallel-requests", type=int, default=defaults.parallel_requests)
     parser.add_argument("--parallel-downloads", type=int, default=defaults.parallel_downloads)
     parser.add_argument("--no-prefetch", action="store_true", help="ask only for what is looked up")
+    parser.add_argument(
+        "--answer-seconds", type=float, default=ANSWER_SECONDS, help="Nix gets an error after this"
+    )
     args = parser.parse_args()
 
     def ready() -> None:
@@ -55,6 +59,7 @@ def main() -> int:
                 limits,
                 ready,
                 args.client_fd,
+                args.answer_seconds,
             )
         )
     except VeneerError as error:

@@ -12,6 +12,7 @@ from veneer.model.store_path import StorePath
 from veneer.store.store import Store
 
 from .sessions import Session, Sessions
+from .worker import WorkerSockets
 
 Progress = Callable[[dict[str, object]], None]
 Verb = Callable[[Session, dict[str, object], Progress], Awaitable[dict[str, object]]]
@@ -21,10 +22,16 @@ class Control:
     """Implements ``requests.Controller``."""
 
     def __init__(
-        self, store: Store, sessions: Sessions, clock: Callable[[], float], stop: Callable[[], None]
+        self,
+        store: Store,
+        sessions: Sessions,
+        workers: WorkerSockets,
+        clock: Callable[[], float],
+        stop: Callable[[], None],
     ) -> None:
         self._store = store
         self._sessions = sessions
+        self._workers = workers
         self._clock = clock
         self._started = clock()
         self._stop = stop
@@ -39,6 +46,7 @@ class Control:
             "report": self._report,
             "tree": self._tree,
             "content": self._content,
+            "nix-socket": self._nix_socket,
             "stop": self._end,
         }
 
@@ -197,6 +205,12 @@ class Control:
     ) -> dict[str, object]:
         row = await self._store.whole(session.view, _path(request), session.account)
         return {"number": row.number, "nar_size": row.nar_size}
+
+    async def _nix_socket(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """A socket on which Nix reads this session's view; it lives as long as this connection."""
+        return {"path": str(await self._workers.open(session, str(request.get("name"))))}
 
     async def _end(
         self, session: Session, request: dict[str, object], progress: Progress

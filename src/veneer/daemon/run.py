@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import time
@@ -20,8 +19,10 @@ from veneer.store.views import ViewConfig
 
 from .compose import build_store, build_view, open_cache
 from .control import Control
+from .listening import answers, listen
 from .requests import RequestServer
 from .sessions import Sessions
+from .worker import ANSWER_SECONDS, DEFAULT_NAME, WorkerSockets
 
 IDLE_SECONDS = 0.2
 """How long a private daemon outlives its last client: enough for a client that reconnects."""
@@ -48,6 +49,8 @@ class DaemonSettings:
     ready: Callable[[], None] = lambda: None
     client_fd: int | None = None
     """A connected socket that came with the process: its starter is a client from the first moment."""
+    answer_seconds: float = ANSWER_SECONDS
+    """How long Nix waits for the answer about one path before it gets an error."""
 
 
 def run_daemon(settings: DaemonSettings) -> bool:
@@ -78,47 +81,6 @@ def _take(settings: DaemonSettings) -> Cache | None:
         time.sleep(0.02)  # the other daemon starts or ends: its lock cannot be waited for without keeping it
 
 
-def answers(path: Path) -> bool:
-    """Whether somebody listens on the socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            _connect(probe, path)
-        except OSError:
-            return False
-        return True
-
-
-def _connect(sock: socket.socket, path: Path) -> None:
-    """Connect through the directory's descriptor: a socket's path may not exceed 107 bytes."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        sock.connect(f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
-
-
-def _listen(path: Path, shared: bool) -> socket.socket:
-    """A listening socket in place of a dead one; we hold the cache's lock, so nobody alive listens there."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        with suppress(FileNotFoundError):
-            path.unlink()
-        before = os.umask(0o111 if shared else 0o177)
-        try:
-            sock.bind(f"/proc/self/fd/{directory}/{path.name}")
-        finally:
-            os.umask(before)
-        sock.listen(256)
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.close(directory)
-    return sock
-
-
 async def _serve(settings: DaemonSettings, cache: Cache) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -127,7 +89,14 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
     sessions = Sessions(lambda config: build_view(config, cache, time.time))
     notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
     store = build_store(cache, time.time, notices, settings.limits)
-    control = Control(store, sessions, time.time, stop.set)
+    workers = WorkerSockets(
+        store,
+        sessions,
+        shared=settings.shared,
+        parallel=settings.limits.parallel_requests if settings.limits.prefetch else 0,
+        answer_seconds=settings.answer_seconds,
+    )
+    control = Control(store, sessions, workers, time.time, stop.set)
     idle = _IdleEnd(loop, stop.set) if settings.private else None
     requests = RequestServer(
         store,
@@ -137,7 +106,11 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
         time.time,
         idle.connections if idle else lambda _: None,
     )
-    sock = _listen(cache.root / SOCKET_NAME, settings.shared)
+    workers.remove_stale()
+    if settings.default_view.sources:
+        own = sessions.enter(settings.default_view, may_control=False, peer=DEFAULT_NAME, send=lambda _: None)
+        await workers.open_default(own)
+    sock = listen(cache.root / SOCKET_NAME, settings.shared)
     server = await asyncio.start_unix_server(requests.connected, sock=sock)
     flushing = asyncio.create_task(_flush(cache, store))
     if settings.client_fd is not None:
@@ -154,6 +127,7 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
         flushing.cancel()
         server.close()
         await requests.close()
+        await workers.close()
         await store.close()
         await sessions.close()
         with suppress(FileNotFoundError):

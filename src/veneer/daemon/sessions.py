@@ -33,6 +33,8 @@ class Session:
     peer: str
     send: Callable[[Frame], None]
     absent: OrderedDict[StorePath, None] = field(default_factory=OrderedDict)
+    on_leave: list[Callable[[], None]] = field(default_factory=list)
+    """Called once, when the connection is gone: what lived for this session ends."""
 
     def remember_absent(self, path: StorePath) -> None:
         self.absent[path] = None
@@ -67,6 +69,8 @@ class Sessions:
     async def leave(self, session: Session) -> None:
         """The connection is gone; its account goes with the last that uses it."""
         self.connected.discard(session)
+        for end in session.on_leave:
+            end()
         if all(other.key != session.key for other in self.connected):
             self._accounts.pop(session.key, None)
         in_use = {other.view.identity for other in self.connected}

@@ -50,7 +50,7 @@ class Resolver:
         given = False
         failures: list[Exception] = []
         try:
-            async for source, unverified in self._answers(view, path, account, failures):
+            async for source, unverified in self._answers(view, path.hash_part, account, failures):
                 if unverified.store_path != path:
                     continue
                 try:
@@ -85,12 +85,28 @@ class Resolver:
         """The best candidate's path info."""
         return (await self.best(view, path, account)).info
 
+    async def by_hash_part(self, view: View, hash_part: str, account: Account) -> PathInfo | None:
+        """Path info of the first name with this hash part that the view trusts; None when every source has none.
+
+        Where nothing is trusted, the first failure is raised, as in ``candidates``.
+        """
+        failures: list[Exception] = []
+        async with aclosing(self._answers(view, hash_part, account, failures)) as answers:
+            names = dict.fromkeys([unverified.store_path async for _, unverified in answers])
+        for path in names:
+            try:
+                return await self.path_info(view, path, account)
+            except VeneerError as error:
+                failures.append(error)
+        if failures:
+            raise _worst(failures)
+        return None
+
     async def _answers(
-        self, view: View, path: StorePath, account: Account, failures: list[Exception]
+        self, view: View, hash_part: str, account: Account, failures: list[Exception]
     ) -> AsyncGenerator[tuple[Source, UnverifiedPathInfo], None]:
         """Answers from memory as long as the order allows it, then from the sources."""
         done: set[str] = set()
-        hash_part = path.hash_part
         for source in view.chain.sources:
             known = source.recall(hash_part) if isinstance(source, RememberedSource) else None
             if known is None:
