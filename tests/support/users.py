@@ -18,11 +18,17 @@ from tests.support.places import ROOT
 
 USER_ID = 12345
 _PREPARE = """
-home=$1 source=$2 packages=$3
-shift 3
-mkdir -p "$home/source" "$home/packages" "$home/node"
-mount --bind "$source" "$home/source"
+home=$1 checkout=$2 packages=$3 barrier=$4
+shift 4
+umask 022
+mkdir -p "$home/checkout" "$home/packages" "$home/node"
 mount --bind "$packages" "$home/packages"
+if [ -n "$barrier" ]; then
+  mount --bind "$checkout" "$home/checkout"
+  mount -t tmpfs -o mode=755 none "$barrier"
+  mkdir -p "$checkout"
+  mount --bind "$home/checkout" "$checkout"
+fi
 if [ "$(stat -c %a /dev/fuse)" != 666 ]; then
   mount -t tmpfs -o mode=755 none "$home/node"
   mknod -m 666 "$home/node/fuse" c 10 229
@@ -75,7 +81,7 @@ class OtherUser:
 
 def other_user(home: Path) -> OtherUser | str:
     """The user with ``home`` (an empty directory that all may enter), or why there is none."""
-    source, packages = ROOT / "src", Path(next(path for path in sys.path if path.endswith("site-packages")))
+    packages = Path(next(path for path in sys.path if path.endswith("site-packages")))
     if not Path("/dev/fuse").exists():
         return "there is no /dev/fuse"
     prefix: list[str] = []
@@ -83,7 +89,7 @@ def other_user(home: Path) -> OtherUser | str:
         if shutil.which("setpriv") is None or shutil.which("unshare") is None:
             return "setpriv and unshare (util-linux) are not installed"
         os.chown(home, USER_ID, USER_ID)
-        script = ["sh", "-euc", _PREPARE, "sh", str(home), str(source), str(packages)]
+        script = ["sh", "-euc", _PREPARE, "sh", str(home), str(ROOT), str(packages), _barrier(ROOT)]
         prefix = ["unshare", "--mount", "--propagation", "private", *script]
         prefix += [
             "setpriv",
@@ -97,13 +103,13 @@ def other_user(home: Path) -> OtherUser | str:
         trial = subprocess.run([*prefix, "true"], capture_output=True, text=True)
         if trial.returncode:
             return f"no private mounts for an ordinary user can be made here: {trial.stderr.strip()}"
-        source, packages = home / "source", home / "packages"
+        packages = home / "packages"
     elif not os.access("/dev/fuse", os.R_OK | os.W_OK):
         return "this user may not open /dev/fuse"
     environment = {name: value for name, value in os.environ.items() if name.startswith("VENEER_")}
     environment |= {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"}
     environment |= {"HOME": str(home), "TMPDIR": str(home)}
-    environment |= {"PYTHONPATH": f"{source}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PYTHONPATH": f"{ROOT / 'src'}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
     # setpriv still has its rights when it executes the interpreter; what that starts itself has not.
     version = "import subprocess, sys, veneer; subprocess.run([sys.executable, '-c', '']); print(sys.version_info[:2])"
     for python in (sys.executable, "/usr/bin/python3"):
@@ -116,3 +122,9 @@ def other_user(home: Path) -> OtherUser | str:
         if trial.returncode == 0 and trial.stdout.strip() == str(sys.version_info[:2]):
             return OtherUser(home, tuple(prefix), environment, python)
     return f"an ordinary user can run neither {sys.executable} nor a /usr/bin/python3 of the same version"
+
+
+def _barrier(directory: Path) -> str:
+    """The highest parent that other users may not enter, or ""."""
+    closed = [parent for parent in reversed(directory.parents) if not parent.stat().st_mode & 0o001]
+    return str(closed[0]) if closed else ""

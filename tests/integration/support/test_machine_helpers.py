@@ -65,7 +65,9 @@ def test_a_process_left_behind_is_seen_and_one_that_ends_is_not() -> None:
     ending = subprocess.Popen([sys.executable, "-c", "pass"], env=environment)
     assert leftovers(before, patience=20) == []
     assert ending.wait() == 0
-    staying = subprocess.Popen(["sleep", "60"], env=environment)
-    assert leftovers(before, patience=0) == [f"process {staying.pid} still runs: sleep 60 "]
-    staying.kill()
-    staying.wait()
+    # It has to say something first: the environment of a process shows in /proc only some time after its start.
+    command = ["sh", "-c", "echo; read line"]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as staying:
+        assert staying.stdout is not None
+        assert staying.stdout.readline() == b"\n"
+        assert leftovers(before, patience=0) == [f"process {staying.pid} still runs: sh -c echo; read line "]
