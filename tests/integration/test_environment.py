@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -747,8 +748,15 @@ def test_missing_cache_directory_is_refused(machine: Machine) -> None:
     assert machine.layers() == []
 
 
-def test_failed_plan_is_rolled_back() -> None:
+@pytest.mark.parametrize("root", ["that can be moved", "that cannot be moved"])
+def test_failed_plan_is_rolled_back(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a mount namespace of its own: everything up to the first mount that nobody can do, and back."""
+    if root == "that cannot be moved":  # as a boot-time ramdisk
+
+        def refuse(new_root: str, put_old: str) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), new_root)
+
+        monkeypatch.setattr(syscalls, "pivot_root", refuse)
     child = os.fork()
     if child == 0:
         status = 1
@@ -766,8 +774,10 @@ def test_failed_plan_is_rolled_back() -> None:
             try:
                 executor.apply(steps)
             except StepError as error:
+                inside = {path.name for path in Path("/").iterdir()}
                 executor.roll_back()
-                status = 0 if _mounts_and_root() == before and error.rest else 2
+                undone = _mounts_and_root() == before and error.rest
+                status = 0 if undone and {".veneer", "nix", *before[1]} == inside else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

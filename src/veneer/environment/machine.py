@@ -76,6 +76,12 @@ def explain(failure: StepError, *, in_user_namespace: bool, read: ReadSetting = 
                 hint="the directory of environments must be on a file system like ext4, xfs, btrfs or tmpfs, "
                 "not on another overlay; choose one with --environments-dir",
             )
+        case p.CutPropagation() if error.errno == errno.EINVAL:
+            # What is mounted in here could appear outside, and cannot be kept from it.
+            hint = "mount --bind DIR DIR before chroot DIR, or use a container"
+            return MachineError(
+                "the root directory is not a mount point, as in a plain chroot", where="/", hint=hint
+            )
         case p.CutPropagation() | p.MountMemory() if error.errno in (errno.EPERM, errno.EACCES):
             return namespaces_refused(error, read)
         case _:

@@ -57,6 +57,7 @@ def test_refusal_without_a_setting_points_to_the_container() -> None:
         (OVERLAY, errno.EINVAL, "ext4"),
         (p.MountLower("/l"), errno.ENODEV, "modprobe fuse"),
         (p.MountMemory("/tmp"), errno.EACCES, "seccomp"),
+        (p.CutPropagation(), errno.EINVAL, "mount --bind"),
         (p.MakeDir("/x"), errno.ENOSPC, ""),
     ],
 )
