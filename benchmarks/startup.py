@@ -33,6 +33,7 @@ SECONDS = 0.3
 """The target."""
 _TARGET = "target"
 _TRUE, _CAT = "veneer run true: end", "veneer run cat FILE: first byte"
+_ALONE, _SHARED = "no daemon", "daemon"
 _PROBE = """
 import subprocess, sys, time
 began = time.monotonic()
@@ -100,34 +101,37 @@ def main() -> None:
         if options.import_times:
             print(_import_times(users[0]))
             return
-        columns = [f"{who.name}, {daemon}" for who in users for daemon in ("no daemon", "daemon")]
+        columns = [f"{who.name}, {daemon}" for who in users for daemon in (_ALONE, _SHARED)]
         table = Table("Start of an environment, everything cached", [_TARGET, *columns])
-        for who in users:
-            measure(who, f"{who.name}, no daemon", table, options.rounds, before=lambda who=who: _alone(who))  # type: ignore[misc]
-            with _other_environment(who):
-                measure(who, f"{who.name}, daemon", table, options.rounds, before=lambda: None)
+        measure(users, _ALONE, table, options.rounds, before=_alone)
+        with contextlib.ExitStack() as others:
+            for who in users:
+                others.enter_context(_other_environment(who))
+            measure(users, _SHARED, table, options.rounds, before=lambda who: None)
     print(table.markdown())
 
 
-def measure(who: Who, column: str, table: Table, rounds: int, before: Callable[[], None]) -> None:
-    """Fill one column. ``before`` is called, unmeasured, before each run."""
-    commands = {_TRUE: ["true"], _CAT: ["cat", who.file]}
+def measure(users: list[Who], daemon: str, table: Table, rounds: int, before: Callable[[Who], None]) -> None:
+    """Fill the columns of one state of the daemon. ``before`` is called, unmeasured, before each run."""
+    ways: dict[str, Callable[[], float]] = {}
+    cells: dict[str, tuple[str, str]] = {}
 
-    def way(work: str) -> Callable[[], float]:
+    def add(who: Who, work: str, command: list[str]) -> None:
         def once() -> float:
-            before()
-            first, end = who.seconds(*commands[work])
+            before(who)
+            first, end = who.seconds(*command)
             return end if work == _TRUE else first
 
-        return once
-
-    for work in commands:
-        way(work)()  # files are in the page cache from now on
+        once()  # files are in the page cache from now on
+        name, column = f"{who.name} {work}", f"{who.name}, {daemon}"
+        ways[name], cells[name] = once, (work, column)
         table.add(work, _TARGET, SECONDS)
         table.target(work, column, 1.0)
-    in_turns(
-        rounds, {work: way(work) for work in commands}, lambda work, value: table.add(work, column, value)
-    )
+
+    for who in users:
+        add(who, _TRUE, ["true"])
+        add(who, _CAT, ["cat", who.file])
+    in_turns(rounds, ways, lambda name, value: table.add(*cells[name], value))
 
 
 def _users(stack: contextlib.ExitStack) -> list[Who]:
