@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.caches import add_nar, add_row, files, nar_bytes, open_cache, row, tree_bytes, verified
 
+from tests.support.caches import add_nar, add_row, files, nar_bytes, open_cache, row, tree_bytes, verified
 from veneer.cache.index import NarState, TreeState
 from veneer.formats.tree_index import nar_file
 from veneer.model.errors import CacheError, CacheFullError

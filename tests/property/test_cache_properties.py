@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tests.support.caches import (
     BLOCKS,
     NAR_SIZE,
@@ -18,7 +19,6 @@ from tests.support.caches import (
     row,
     store_path,
 )
-
 from veneer.cache.eviction import Candidate, excess, plan
 from veneer.cache.index import FileRow, NarState, PathRow, TreeState, Unsynced
 from veneer.cache.recovery import FoundFile, Rehash, Remove, Reset

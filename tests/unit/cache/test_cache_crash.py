@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+
 from tests.support.caches import (
     Clock,
     add_nar,
@@ -22,7 +23,6 @@ from tests.support.caches import (
     tree_bytes,
     verified,
 )
-
 from veneer.cache.cache import Cache
 from veneer.cache.index import NarState, TreeState
 from veneer.cache.recovery import scan

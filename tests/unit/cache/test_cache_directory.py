@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.support.caches import Clock, add_nar, add_tree, open_cache
 
+from tests.support.caches import Clock, add_nar, add_tree, open_cache
 from veneer.cache import directory
 from veneer.cache.cache import Cache
 from veneer.model.errors import CacheError, CacheFullError

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.support.caches import (
     BLOCKS,
     NAR_SIZE,
@@ -21,7 +22,6 @@ from tests.support.caches import (
     tree_bytes,
     verified,
 )
-
 from veneer.cache.cache import Cache
 from veneer.cache.index import NarState, TreeState
 from veneer.cache.nars import KEPT_QUARANTINED, VerifiedNar

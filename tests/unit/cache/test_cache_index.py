@@ -6,8 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.support.caches import NAR_SIZE, nar_hash, store_path
 
+from tests.support.caches import NAR_SIZE, nar_hash, store_path
 from veneer.cache.index import (
     BASES,
     DamagedIndexError,

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.caches import BLOCKS, Clock, add_nar, add_row, add_tree, files, open_cache, store_path
 
+from tests.support.caches import BLOCKS, Clock, add_nar, add_row, add_tree, files, open_cache, store_path
 from veneer.cache.cache import Cache
 from veneer.cache.eviction import TREE_REST, Candidate, Drop, excess, plan
 from veneer.cache.index import NarState

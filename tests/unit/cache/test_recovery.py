@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from tests.support.caches import (
     Clock,
     add_nar,
@@ -16,7 +17,6 @@ from tests.support.caches import (
     row,
     tree_bytes,
 )
-
 from veneer.cache.cache import Repaired
 from veneer.cache.index import FileRow, NarState, TreeState, Unsynced
 from veneer.cache.recovery import FoundFile, Rehash, Remove, Reset, plan
