@@ -83,6 +83,20 @@ class Client:
         self._send(Kind.CONTROL, json.dumps({"do": verb, **(arguments or {})}).encode())
         return _document(self._answer((Kind.RESULT,), progress).body)
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def absorb(self) -> bool:
+        """Take in what has arrived unasked (notices, the answer to HELLO), without blocking. False: the daemon is gone."""
+        try:
+            data = self._socket.recv(_CHUNK, socket.MSG_DONTWAIT)
+            self._frames += [frame for frame in self._splitter.feed(data) if frame.id]
+        except BlockingIOError:
+            return True
+        except (OSError, FormatError):
+            return False
+        return bool(data)
+
     def close(self) -> None:
         self._socket.close()
 

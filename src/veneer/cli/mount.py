@@ -1,6 +1,7 @@
 """``veneer mount``: the store on a directory, in the foreground.
 
-The mount server is a process of its own; this one only mounts, waits and unmounts. It never looks into the directory while
+The mount server is a process of its own; this one only mounts, waits and unmounts. Whichever of the two is killed, the
+other one unmounts. It never looks into the directory while
 it is mounted: a read there could wait for the daemon that this command keeps alive.
 """
 
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ from veneer.cli.output import Output
 from veneer.model.errors import MachineError, UsageError
 
 _END_SECONDS = 10.0
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command()
@@ -50,39 +52,48 @@ def mount(output: Output, flags: Flags, directory: str) -> int:
         raise UsageError("not a directory", where=directory, hint=f"mkdir {directory}")
     settings = load_settings(flags)
     fuse = device.open_fuse()
-    with open_client(settings), _server(fuse, settings.cache_dir, settings.view()) as server:
+    with open_client(settings), _server(fuse, target, settings.cache_dir, settings.view()) as server:
+        # An interrupt between the mount and the try would leave it mounted.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         device.mount_fuse(fuse, str(target))
-        os.close(fuse)  # the server has its own: the mount must end with it
-        output.note(f"mounted on {target}; Ctrl-C unmounts")
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+            os.close(fuse)  # the server has its own: the mount must end with it
+            output.note(f"mounted on {target}; Ctrl-C unmounts")
             status = server.wait()
         except KeyboardInterrupt:
             device.umount(str(target), detach=True)
             status = server.wait(_END_SECONDS)
         if status:
+            with suppress(MachineError):  # it may be unmounted already
+                device.umount(str(target), detach=True)
             raise MachineError(f"the mount server ended with status {status}", where=str(target))
     return 0
 
 
 @contextmanager
-def _server(fuse: int, cache_dir: Path, view: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+def _server(
+    fuse: int, target: Path, cache_dir: Path, view: dict[str, object]
+) -> Iterator[subprocess.Popen[bytes]]:
     """The mount server's process; ended with the block. SIGTERM becomes KeyboardInterrupt meanwhile."""
     cache = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     brought = os.memfd_create("view")
     os.write(brought, json.dumps(view).encode())
     os.lseek(brought, 0, os.SEEK_SET)
+    owner, ours = os.pipe2(os.O_CLOEXEC)
     options = {"--fuse-fd": fuse, "--cache-fd": cache, "--view-file": f"/proc/self/fd/{brought}"}
+    options |= {"--owner-fd": owner, "--mounted-on": target}
     words = [str(word) for pair in options.items() for word in pair]
     try:
         server = subprocess.Popen(
             [sys.executable, "-m", "veneer.mount", *words],
             stdin=subprocess.DEVNULL,
-            pass_fds=(fuse, cache, brought),
+            pass_fds=(fuse, cache, brought, owner),
             start_new_session=True,
         )
     finally:
-        os.close(cache)
-        os.close(brought)
+        for fd in (cache, brought, owner):
+            os.close(fd)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield server
@@ -91,3 +102,4 @@ def _server(fuse: int, cache_dir: Path, view: dict[str, object]) -> Iterator[sub
         if server.poll() is None:
             server.terminate()
             server.wait(_END_SECONDS)
+        os.close(ours)

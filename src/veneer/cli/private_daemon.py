@@ -14,15 +14,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.cli.client import LOG_NAME, Client, connect
 from veneer.cli.config import Settings
-from veneer.model.errors import CacheError, DaemonError
+from veneer.cli.output import Output
+from veneer.model.errors import CacheError, DaemonError, VeneerError
 
 START_SECONDS = 20.0
 """How long a command waits for the daemon that it started."""
+RESTARTS = 5
+RESTART_SECONDS = 60.0
 _ATTEMPTS = 3
 _LOG_LIMIT = 1 << 20
 _TAIL = 4096
@@ -49,6 +53,69 @@ class PrivateDaemon:
         what, _, hint = said.partition("\nhint: ")
         line = what.splitlines()[-1] if what else f"without a word, status {status}"
         return DaemonError(f"the store daemon ended: {line}", where=str(self.log), hint=hint)
+
+
+class WatchedDaemon:
+    """The daemon of a run: one that listened already, or a private one; followed by another when it dies.
+
+    Implements ``environment.Companion``. A private daemon that gave way to a rival, and one that somebody killed, have
+    a successor at once; one that ended with an error of its own is reported and has none, nor has the last of
+    RESTARTS within RESTART_SECONDS.
+    """
+
+    def __init__(self, settings: Settings, session: str, output: Output) -> None:
+        self._settings = settings
+        self._session = session
+        self._output = output
+        self._starts: list[float] = []
+        self._private: PrivateDaemon | None = None
+        self.client = self._begin()
+
+    def fileno(self) -> int:
+        return self.client.fileno()
+
+    def readable(self) -> bool:
+        if self.client.absorb():
+            return True
+        return self._succeed()
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _begin(self) -> Client:
+        self._starts.append(time.monotonic())
+        client = connect(self._settings.cache_dir, self._settings.view(self._session))
+        if client is not None:
+            self._private = None
+            return client
+        self._private = start(self._settings, self._session)
+        return self._private.client
+
+    def _succeed(self) -> bool:
+        """Whether there is a successor."""
+        self.client.close()
+        try:
+            if self._private is not None:
+                self._private.process.wait(START_SECONDS)
+                error = self._private.failure()
+                if error is not None and (self._private.process.returncode or 0) > 0:
+                    raise error
+                if error is not None:
+                    self._output.warning("the store daemon was killed; starting it again")
+            recent = [at for at in self._starts if at > time.monotonic() - RESTART_SECONDS]
+            if len(recent) > RESTARTS:
+                raise DaemonError(
+                    f"the store daemon ended {RESTARTS} times in {RESTART_SECONDS:.0f} s; it is not started again",
+                    where=str(self._settings.cache_dir / LOG_NAME),
+                )
+            self.client = self._begin()
+        except subprocess.TimeoutExpired:
+            self._output.warning("the store daemon closed its connection and does not end")
+            return False
+        except VeneerError as error:
+            self._output.error(error)
+            return False
+        return True
 
 
 def start(settings: Settings, session: str = "") -> PrivateDaemon:

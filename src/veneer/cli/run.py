@@ -13,17 +13,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
 import click
 
-from veneer.cli.client import Client, connect
-from veneer.cli.config import Flags, Settings, load_settings
+from veneer.cli.client import Client
+from veneer.cli.config import Flags, load_settings
 from veneer.cli.options import json_option, quiet_option, settings_flags
 from veneer.cli.output import Output
-from veneer.cli.private_daemon import make_cache_dir, start
+from veneer.cli.private_daemon import WatchedDaemon, make_cache_dir
 from veneer.cli.run_report import closing_line, combine, touched, troubles
 from veneer.model.errors import VeneerError
 
@@ -73,7 +72,7 @@ def run(
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
     began = time.monotonic()
-    with _daemon(settings, session, output) as client:
+    with contextlib.closing(WatchedDaemon(settings, session, output)) as daemon:
         from veneer import environment  # while the daemon starts
 
         outcome = environment.run(
@@ -88,8 +87,9 @@ def run(
                 name=name,
             ),
             warn=output.warning,
+            companion=daemon,
         )
-        figures = _figures(client, outcome.report, output) if report or not output.quiet else None
+        figures = _figures(daemon.client, outcome.report, output) if report or not output.quiet else None
     document = combine(words, outcome.status, time.monotonic() - began, outcome.report, figures)
     if report is not None:
         _write_report(report, document)
@@ -100,33 +100,6 @@ def run(
             output.warning(line)
         output.note(closing_line(document))
     return _end_as(outcome.status, outcome.signal)
-
-
-@contextlib.contextmanager
-def _daemon(settings: Settings, session: str, output: Output) -> Iterator[Client]:
-    """A client of the running daemon, or of one that is starting; a daemon that dies says so at once."""
-    client = connect(settings.cache_dir, settings.view(session))
-    if client is not None:
-        with client:
-            yield client
-        return
-    daemon = start(settings, session)
-    ours = os.getpid()
-    told = False
-
-    def check(_number: int = 0, _frame: FrameType | None = None) -> None:
-        nonlocal told
-        if os.getpid() == ours and not told and (error := daemon.failure()) is not None:
-            told = True
-            output.error(error)
-
-    before = signal.signal(signal.SIGCHLD, check)
-    try:
-        with daemon.client:
-            yield daemon.client
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-        check()
 
 
 def _figures(client: Client, mount: Mapping[str, object], output: Output) -> dict[str, object] | None:

@@ -70,8 +70,9 @@ def run(
     """Run a command in an environment; blocks until it and everything that it left has ended.
 
     The process must have one thread. ``warn`` takes a sentence at once (default: stderr). ``load_server`` replaces the
-    mount server, for tests; ``companion`` is looked after meanwhile. UsageError: the name is in use, the store directory cannot be provided. MachineError: what to
-    enable. CacheError: no cache directory. VeneerError: the environment was killed.
+    mount server, for tests; ``companion`` is looked after meanwhile. UsageError: the name is in use, the store directory
+    cannot be provided. MachineError: what to enable. CacheError: no cache directory. VeneerError: the environment was
+    killed.
     """
     voice = warn or _warn_on_stderr
     warnings: list[str] = []
@@ -90,7 +91,7 @@ def run(
             keeper = _start(spec, facts, steps, cache_fd, caller_mask, load)
             os.close(cache_fd)
             cache_fd = -1
-            outcome = _Supervisor(keeper, signals, tell).wait()
+            outcome = _Supervisor(keeper, signals, tell, companion).wait()
             outcome.report["warnings"] = warnings
             return outcome
         finally:
