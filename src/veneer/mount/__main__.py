@@ -5,6 +5,8 @@
     --view-file F    JSON of the view; without it, the daemon's default
     --report-fd N    where the report goes, as one line of JSON, at the end
     --miss-seconds S how long a read waits for the daemon at most
+    --owner-fd N     a pipe that ends with whoever mounted; then
+    --mounted-on DIR is unmounted, for the owner was killed and cannot do it
 
 Ends with 0 when unmounted or on SIGTERM. It ignores SIGINT and SIGHUP: those are meant for the command in the
 environment, which still reads files while it handles them.
@@ -15,13 +17,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
 from veneer.model.errors import UsageError, VeneerError
 
+from . import device
 from .misses import MISS_SECONDS
 from .server import MountServer
 
-_OPTIONS = ("--fuse-fd", "--cache-fd", "--view-file", "--report-fd", "--miss-seconds", "--threads")
+_OPTIONS = (
+    "--fuse-fd",
+    "--cache-fd",
+    "--view-file",
+    "--report-fd",
+    "--miss-seconds",
+    "--owner-fd",
+    "--mounted-on",
+    "--threads",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -50,6 +63,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    if "--owner-fd" in options:
+        watch = (int(options["--owner-fd"]), options["--mounted-on"], server)
+        threading.Thread(target=_end_with_owner, args=watch, name="owner", daemon=True).start()
     try:
         server.run()
     finally:
@@ -59,6 +75,15 @@ def main(arguments: list[str]) -> int:
             with os.fdopen(int(options["--report-fd"]), "wb") as out:
                 out.write(json.dumps(server.report()).encode() + b"\n")
     return 0
+
+
+def _end_with_owner(owner: int, target: str, server: MountServer) -> None:
+    os.read(owner, 1)
+    try:
+        device.umount(target, detach=True)
+    except VeneerError as error:
+        sys.stderr.write(f"veneer mount: {error}\n")
+    server.stop()
 
 
 def _parse(arguments: list[str]) -> dict[str, str]:
