@@ -90,10 +90,14 @@ class Caller:
         )
 
     def popen(self, words: list[str], **options: Any) -> subprocess.Popen[str]:
-        given = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen(
-            words, env=self.environment, cwd=self.home, text=True, start_new_session=True, **given
-        )
+        """With pipes, and in a session of its own, unless ``options`` say otherwise."""
+        given: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+        given |= {"start_new_session": True, **options}
+        return subprocess.Popen(words, env=self.environment, cwd=self.home, text=True, **given)
 
     def status(self) -> dict[str, Any]:
         done = self.veneer("status", "--json")

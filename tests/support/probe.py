@@ -44,17 +44,20 @@ def census(top: str) -> dict[str, Row]:
 
 
 def read(path: str, offset: int = 0, size: int | None = None, *, cold: bool = False) -> dict[str, Any]:
-    """``cold``: the kernel forgets the file's pages first."""
-    digest, count, last = hashlib.sha256(), 0, b""
+    """``cold``: the kernel forgets the file's pages first. ``size`` counts what was read, also before an error."""
+    digest, count, last, failed = hashlib.sha256(), 0, b"", {}
     with open(path.encode("latin-1"), "rb", buffering=0) as file:
         if cold:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(offset)
-        while (size is None or count < size) and (piece := file.read(min(_PIECE, (size or _PIECE)))):
-            digest.update(piece)
-            count += len(piece)
-            last = piece
-    return {"digest": digest.hexdigest(), "size": count, "last": last[-64:].decode("latin-1")}
+        try:
+            while (size is None or count < size) and (piece := file.read(min(_PIECE, size or _PIECE))):
+                digest.update(piece)
+                count += len(piece)
+                last = piece
+        except OSError as error:
+            failed = _failure(error)
+    return {"digest": digest.hexdigest(), "size": count, "last": last[-64:].decode("latin-1"), **failed}
 
 
 def crowd(path: str, count: int) -> dict[str, Any]:
@@ -82,6 +85,10 @@ ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def _failure(error: OSError) -> dict[str, Any]:
+    return {"error": errno.errorcode.get(error.errno or 0, str(error))}
+
+
 def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
@@ -89,7 +96,7 @@ def serve() -> None:
         try:
             answer = ACTIONS[request.pop("do")](**request)
         except OSError as error:
-            answer = {"error": errno.errorcode.get(error.errno or 0, str(error)), "text": str(error)}
+            answer = _failure(error)
         answer["seconds"] = time.monotonic() - began
         print(json.dumps(answer), flush=True)
 
