@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -103,7 +103,7 @@ def check(
 Check = Callable[[Callable[[Source], Awaitable[None]]], None]
 
 
-async def gather(chunks: AsyncIterator[bytes]) -> bytes:
+async def gather(chunks: AsyncGenerator[bytes, None]) -> bytes:
     parts = []
     async for chunk in chunks:
         assert chunk
@@ -263,7 +263,7 @@ def test_abandoned_nar_leaves_the_source_usable(check: Check) -> None:
     async def body(source: Source) -> None:
         chunks = source.nar(BIG.info)
         assert await anext(chunks)
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
         assert await gather(source.nar(BIG.info)) == BIG.file
 
     check(body)

@@ -10,6 +10,7 @@ its grammar, and the reference page is made from them. Unknown keys are refused,
 
 from __future__ import annotations
 
+import binascii
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
     if keys is None:
         assert nix is not None
         keys = nix.trusted_public_keys
+    for key in keys:
+        _check_key(key)
     require = document.get("require-signatures", nix.require_sigs if nix is not None else True)
     ttl = document.get("negative-ttl", 10.0)
     limit = flags.max_size if flags.max_size is not None else document.get("max-size")
@@ -209,6 +212,19 @@ def parse_file(data: bytes, where: str) -> dict[str, object]:
         if not isinstance(text, str):
             raise UsageError("trusted-public-keys must be strings", where=where)
     return document
+
+
+def _check_key(text: str) -> None:
+    """UsageError unless ``text`` is "name:base64 of 32 bytes"; without the cryptography that would use it."""
+    name, _, encoded = text.partition(":")
+    try:
+        size = len(binascii.a2b_base64(encoded, strict_mode=True)) if encoded else 0
+    except ValueError:
+        size = 0
+    if not name or size != 32:
+        raise UsageError(
+            f"not a public key: {printable(text)!r}", hint="keys look like cache.example.org-1:BASE64"
+        )
 
 
 def _check(table: Mapping[str, object], keys: Sequence[Key], where: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +77,7 @@ def take_temporary(root: Path) -> Layer:
     """A fresh layer. OSError when the directory cannot be written to."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(root):
-        directory = root / f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}"
+        directory = root / f"{TEMPORARY_PREFIX}{os.urandom(4).hex()}"
         directory.mkdir(mode=0o700)
         lock_fd = _try_lock(directory)
         if lock_fd is None:
@@ -136,7 +135,7 @@ def _remove_dir(parent: int | None, name: str, top: int, depth: int) -> None:
                 elif depth < _MAX_DEPTH:
                     _remove_dir(fd, child, top, depth + 1)
                 else:
-                    os.rename(child, f"deep-{secrets.token_hex(8)}", src_dir_fd=fd, dst_dir_fd=top)
+                    os.rename(child, f"deep-{os.urandom(8).hex()}", src_dir_fd=fd, dst_dir_fd=top)
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=parent)

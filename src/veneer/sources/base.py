@@ -9,7 +9,7 @@ failure of the source, ``FormatError`` (with the URL in ``where``) for answers t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from veneer.formats.cache_info import CacheInfo
@@ -52,11 +52,11 @@ class Source(Protocol):
         """The ``.ls`` as plain JSON bytes (any content encoding undone); None when there is none. At most 256 MiB."""
         ...
 
-    def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncIterator[bytes]:
+    def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         """The NAR's bytes as stored (encoded as ``info.compression`` says), in chunks of about 1 MiB, at least 1 byte.
 
         Resumes by range after a broken connection where the server allows it. Ends only after the whole file; a short
-        body is a SourceError.
+        body is a SourceError. Close it when it is left early: a connection hangs on it.
         """
         ...
 

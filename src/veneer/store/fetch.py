@@ -12,8 +12,9 @@ saw bytes that in the end nobody vouched for (``deferred``) does not live on: it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from veneer.cache.cache import Cache
@@ -64,6 +65,8 @@ class Download:
         self.grew = asyncio.Event()
 
 
+Candidates = Callable[[], AsyncGenerator[Candidate, None]]
+"""Asks the sources that have a path, best first; see ``resolve.Resolver.candidates``."""
 Encode = Callable[[PathRow, Node], bytearray]
 """The tree index of a path; called on a worker thread."""
 Admit = Callable[[PathRow, VerifiedNar, Node, bytearray], int]
@@ -117,7 +120,7 @@ class Fetcher:
     def start(
         self,
         row: PathRow,
-        candidates: Callable[[], AsyncIterator[Candidate]],
+        candidates: Candidates,
         account: Account,
         *,
         deferred: bool,
@@ -154,13 +157,11 @@ class Fetcher:
         number = await asyncio.shield(task)
         return Ready(number, 0, download.row.nar_size, whole=True)
 
-    async def _run(
-        self, download: Download, candidates: Callable[[], AsyncIterator[Candidate]], account: Account
-    ) -> int:
+    async def _run(self, download: Download, candidates: Candidates, account: Account) -> int:
         row = download.row
         failures: list[VeneerError] = []
-        async with self._slots:
-            async for candidate in candidates():
+        async with self._slots, aclosing(candidates()) as offers:
+            async for candidate in offers:
                 if candidate.info.info.nar_hash != row.nar_hash:
                     continue
                 url = candidate.source.url
@@ -218,9 +219,10 @@ class Fetcher:
             meter = account.meter(row.store_path)
             count = account.paths[row.store_path]
             try:
-                async for chunk in candidate.source.nar(candidate.info.info, meter):
-                    if not await pipe.put(chunk):
-                        break
+                async with aclosing(candidate.source.nar(candidate.info.info, meter)) as chunks:
+                    async for chunk in chunks:
+                        if not await pipe.put(chunk):
+                            break
                 pipe.end()
             except BaseException as error:
                 pipe.fail(error)

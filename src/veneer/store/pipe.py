@@ -16,7 +16,7 @@ from veneer.model.errors import SourceError
 class ChunkPipe:
     """One producer coroutine (``put``, ``end``, ``fail``) and one reader thread (``read``, ``abandon``)."""
 
-    def __init__(self, limit: int = 8 << 20) -> None:
+    def __init__(self, limit: int = 2 << 20) -> None:
         self._loop = asyncio.get_running_loop()
         self._room = asyncio.Event()
         self._room.set()

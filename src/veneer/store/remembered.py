@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from veneer.cache.index import Index
 from veneer.formats.cache_info import CacheInfo
@@ -76,7 +76,7 @@ class RememberedSource:
     async def listing(self, hash_part: str, meter: Meter = unmetered) -> bytes | None:
         return await self._inner.listing(hash_part, meter)
 
-    def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncIterator[bytes]:
+    def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         return self._inner.nar(info, meter)
 
     async def nar_range(

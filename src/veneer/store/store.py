@@ -8,7 +8,7 @@ condemned and the path lives on under a new one. S3: nothing is served in a view
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ from veneer.model.tree import Node
 
 from .account import Account, Stories
 from .closure import PARALLEL_REQUESTS, resolve_closure
-from .fetch import Download, Fetcher, Ready
-from .resolve import Candidate, Resolver
+from .fetch import Candidates, Download, Fetcher, Ready
+from .resolve import Resolver
 from .views import View
 
 PREFETCHED_LISTINGS = 64
@@ -174,9 +174,7 @@ class Store:
             )
         return row
 
-    def _candidates(
-        self, view: View, path: StorePath, account: Account
-    ) -> Callable[[], AsyncIterator[Candidate]]:
+    def _candidates(self, view: View, path: StorePath, account: Account) -> Candidates:
         return lambda: self.resolver.candidates(view, path, account)
 
     async def _download(self, view: View, row: PathRow, account: Account) -> Download:

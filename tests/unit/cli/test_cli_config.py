@@ -9,7 +9,7 @@ import pytest
 from veneer.cli.config import Flags, load_settings, nix_conf_files, source_url
 from veneer.model.errors import UsageError
 
-NIX_CONF = "substituters = https://one.example s3://bucket?region=x ssh://builder daemon\ntrusted-public-keys = a-1:AA b-1:BB\n"
+NIX_CONF = "substituters = https://one.example s3://bucket?region=x ssh://builder daemon\ntrusted-public-keys = a-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA= b-1:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBA=\n"
 
 
 @pytest.fixture
@@ -57,7 +57,10 @@ def test_sources_and_keys_come_from_nix_conf(environ: dict[str, str], tmp_path: 
     write(tmp_path / "nix/netrc", "")
     settings = load_settings(Flags(), environ, uid=1000)
     assert [s.url for s in settings.sources] == ["https://one.example", "s3://bucket?region=x"]
-    assert settings.keys == ("a-1:AA", "b-1:BB")
+    assert settings.keys == (
+        "a-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+        "b-1:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBA=",
+    )
     assert settings.netrc == str(tmp_path / "nix/netrc")
 
 
@@ -81,9 +84,9 @@ def test_given_caches_and_keys_replace_all_others_and_nix_conf_is_not_read(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
     write(tmp_path / "nix/nix.conf", "this is not a nix.conf")
-    settings = load_settings(Flags(caches=("http://a",), keys=("k:K",), verify="deferred"), environ, uid=1000)
+    settings = load_settings(Flags(caches=("http://a",), keys=("k:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",), verify="deferred"), environ, uid=1000)
     assert settings.view("s")["sources"] == [{"url": "http://a", "verify": "deferred"}]
-    assert settings.keys == ("k:K",)
+    assert settings.keys == ("k:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",)
     assert settings.view("s")["session"] == "s"
 
 
@@ -99,7 +102,10 @@ def test_the_configuration_file_goes_before_nix_conf(environ: dict[str, str], tm
         ("https://a.example?x=y&priority=3&trusted=true", "deferred"),
         ("file:///srv/c", "strict"),
     ]
-    assert settings.keys == ("a-1:AA", "b-1:BB")
+    assert settings.keys == (
+        "a-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+        "b-1:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBA=",
+    )
     assert (settings.max_bytes, settings.negative_ttl, settings.require_signatures) == (2 << 30, 3.0, False)
 
 
@@ -157,3 +163,9 @@ def test_what_is_no_binary_cache_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         source_url(text)
     assert "https" in caught.value.hint
+
+
+@pytest.mark.parametrize("key", ["", "a-1", "a-1:", ":AAAA", "a-1:AA", "a-1:!" + "A" * 43])
+def test_a_key_that_is_none_is_wrong_usage_before_anything_starts(key: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a public key"):
+        load_settings(Flags(caches=("https://one.example",), keys=(key,)), {"HOME": str(tmp_path)}, uid=1000)

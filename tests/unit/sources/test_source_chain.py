@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 
@@ -65,7 +65,7 @@ class Fake:
     async def listing(self, hash_part: str, meter: Meter = unmetered) -> bytes | None:
         raise NotImplementedError
 
-    def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncIterator[bytes]:
+    def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         raise NotImplementedError
 
     async def nar_range(

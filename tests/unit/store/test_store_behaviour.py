@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -260,14 +260,14 @@ class CountingSource:
         self.go = asyncio.Event()
         original = inner.nar
 
-        def nar(info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncIterator[bytes]:
+        def nar(info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
             self.nars += 1
             self.asked.set()
             return self._after(original(info, meter))
 
         inner.nar = nar  # type: ignore[method-assign]
 
-    async def _after(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _after(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         await self.go.wait()
         async for chunk in chunks:
             yield chunk
