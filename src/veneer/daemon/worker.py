@@ -272,7 +272,8 @@ class _Connection(asyncio.Protocol):
             if request.operation is wire.NAR_FROM_PATH:
                 await self._send_nar(request)
             else:
-                self._transport.write(wire.reply(await self._answers.later(request)))
+                values = await self._answers.later(request, self._version)
+                self._transport.write(wire.reply(values))
         except VeneerError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - a bug must reach Nix as a failure and the user as a story

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 from veneer.cache.index import PathRow
 from veneer.formats import worker_wire as wire
 from veneer.formats.worker_wire import Request, Value
-from veneer.model.errors import FormatError, NotFoundError
+from veneer.model.errors import FormatError, NotFoundError, UsageError, printable
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath, is_hash_part
 from veneer.store.account import Account
@@ -47,6 +47,7 @@ class Answers:
             wire.QUERY_VALID_PATHS.number: self._valid_paths,
             wire.QUERY_VALID_DERIVERS.number: self._valid_derivers,
             wire.QUERY_MISSING.number: self._missing,
+            wire.BUILD_PATHS.number: self._build,
         }
 
     def at_once(self, request: Request) -> Sequence[Value] | None:
@@ -65,8 +66,11 @@ class Answers:
             return ([],)
         return None
 
-    async def later(self, request: Request) -> Sequence[Value]:
+    async def later(self, request: Request, version: int) -> Sequence[Value]:
         """The reply, when it is there. VeneerError: for an ERROR."""
+        if request.operation is wire.BUILD_PATHS_WITH_RESULTS:
+            await self._build(*request.values)
+            return wire.already_valid(cast(list[str], request.values[0]), version)
         return await self._later[request.operation.number](*request.values)
 
     async def nar(self, request: Request) -> tuple[BinaryIO, int]:
@@ -94,6 +98,17 @@ class Answers:
         path = self._path(text)
         if await self._info(path) is None:
             raise NotFoundError(f"no source has {path}")
+        return _DONE
+
+    async def _build(self, *values: Value) -> Sequence[Value]:
+        """Nix "builds" what it is about to copy: fine for paths that are there, refused for everything else."""
+        targets = cast(list[str], values[0])
+        for text in targets:
+            if "!" in text:
+                raise UsageError(f"this store can only be read: it does not build {printable(text)[:300]}")
+        self._known.ask_ahead([self._path(text) for text in targets], self._account)
+        for text in targets:
+            await self._ensure(text)
         return _DONE
 
     async def _valid_paths(self, texts: list[str], substitute: int) -> Sequence[Value]:

@@ -50,6 +50,7 @@ FEATURES_SINCE = 0x126
 TRUST_SINCE = 0x123
 VERSION_STRING_SINCE = 0x121
 STRUCTURED_ERRORS_SINCE = 0x11A
+CPU_TIMES_SINCE = 0x125
 
 MAX_STRING = 64 << 10
 MAX_ITEMS = 1 << 17
@@ -64,13 +65,18 @@ Value: TypeAlias = "int | str | list[str] | Pairs"
 
 
 class Kind(enum.Enum):
-    """Shapes of fields. NAR is the raw archive, unframed, and only ever a reply's last field."""
+    """Shapes of fields. NAR is the raw archive, unframed, and only ever a reply's last field.
+
+    RESULTS is a count and so many of: target; status; error message; since 1.29 times built, not deterministic, start and
+    stop time; since 1.37 two tags of CPU times (0: not there); a map of built outputs. Made by ``already_valid``.
+    """
 
     U64 = "integer"
     STRING = "string"
     STRINGS = "list of strings"
     PAIRS = "list of pairs"
     NAR = "archive"
+    RESULTS = "build results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +106,12 @@ def _integers(*names: str) -> tuple[Field, ...]:
 
 _PATH = Field("path", Kind.STRING)
 _PATHS = Field("paths", Kind.STRINGS)
+_TARGETS = Field("targets", Kind.STRINGS)
 _TRUE = Field("one", Kind.U64)
 
 IS_VALID_PATH = Operation(1, "IsValidPath", (_PATH,), (Field("valid", Kind.U64),))
 QUERY_REFERRERS = Operation(6, "QueryReferrers", (_PATH,), (_PATHS,))
+BUILD_PATHS = Operation(9, "BuildPaths", (_TARGETS, *_integers("mode")), (_TRUE,))
 ENSURE_PATH = Operation(10, "EnsurePath", (_PATH,), (_TRUE,))
 ADD_TEMP_ROOT = Operation(11, "AddTempRoot", (_PATH,), (_TRUE,))
 SET_OPTIONS = Operation(
@@ -142,7 +150,7 @@ NAR_FROM_PATH = Operation(38, "NarFromPath", (_PATH,), (Field("nar", Kind.NAR),)
 QUERY_MISSING = Operation(
     40,
     "QueryMissing",
-    (Field("targets", Kind.STRINGS),),
+    (_TARGETS,),
     (
         *(Field(name, Kind.STRINGS) for name in ("to_build", "to_substitute", "unknown")),
         *_integers("download_size", "nar_size"),
@@ -155,12 +163,20 @@ QUERY_REALISATION = Operation(
     (Field("realisations", Kind.STRINGS),),
     since=0x11B,
 )
+BUILD_PATHS_WITH_RESULTS = Operation(
+    46,
+    "BuildPathsWithResults",
+    (_TARGETS, *_integers("mode")),
+    (Field("results", Kind.RESULTS),),
+    since=0x122,
+)
 
 OPERATIONS = {
     operation.number: operation
     for operation in (
         IS_VALID_PATH,
         QUERY_REFERRERS,
+        BUILD_PATHS,
         ENSURE_PATH,
         ADD_TEMP_ROOT,
         SET_OPTIONS,
@@ -171,13 +187,13 @@ OPERATIONS = {
         NAR_FROM_PATH,
         QUERY_MISSING,
         QUERY_REALISATION,
+        BUILD_PATHS_WITH_RESULTS,
     )
 }
 
 REFUSED_NAMES = {
     7: "AddToStore",
     8: "AddTextToStore",
-    9: "BuildPaths",
     12: "AddIndirectRoot",
     13: "SyncWithGC",
     14: "FindRoots",
@@ -195,7 +211,6 @@ REFUSED_NAMES = {
     42: "RegisterDrvOutput",
     44: "AddMultipleToStore",
     45: "AddBuildLog",
-    46: "BuildPathsWithResults",
     47: "AddPermRoot",
 }
 """For messages only."""
@@ -397,6 +412,15 @@ def greeting(version: int, program: str, *, trusted: bool) -> bytes:
 def reply(values: Sequence[Value]) -> bytes:
     """LAST and the fields of the operation's row, in order; a NAR follows from elsewhere."""
     return encode((LAST, *values))
+
+
+def already_valid(targets: Sequence[str], version: int) -> list[Value]:
+    """RESULTS that say of each target that nothing had to be done."""
+    result: list[Value] = [2, "", *[0] * (4 + (2 if version >= CPU_TIMES_SINCE else 0)), []]
+    values: list[Value] = [len(targets)]
+    for target in targets:
+        values += (target, *result)
+    return values
 
 
 def error_reply(version: int, message: str) -> bytes:

@@ -140,6 +140,31 @@ def test_what_no_source_has_is_absent_in_every_answer(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+@pytest.mark.parametrize("version", [0x115, 0x122, 0x124, 0x126])
+def test_paths_that_are_there_need_no_build_and_nothing_else_is_built(tmp_path: Path, version: int) -> None:
+    def client(socket_path: Path) -> None:
+        known = [PATHS["text"], PATHS["leaf"]]
+        with WorkerClient(socket_path, version) as nix:
+            assert nix.ask(wire.BUILD_PATHS, known, 0) == [1]
+            with pytest.raises(RefusedError, match="no source has"):
+                nix.ask(wire.BUILD_PATHS, [*known, NOWHERE], 0)
+            with pytest.raises(RefusedError, match="does not build"):
+                nix.ask(wire.BUILD_PATHS, [f"{known[0]}.drv!out"], 0)
+            if version >= 0x122:
+                nix.send(encode_request(wire.BUILD_PATHS_WITH_RESULTS, (known, 0), version))
+                nix.expect_last()
+                assert nix.integer() == len(known)
+                for text in known:
+                    assert (nix.string(), nix.integer(), nix.string()) == (text, 2, "")
+                    assert [nix.integer() for _ in range(7 if version >= 0x125 else 5)][-1] == 0
+            assert nix.ask(wire.IS_VALID_PATH, known[0]) == [1]
+
+    async def body(daemon: Daemon) -> None:
+        await aside(client, await daemon.socket())
+
+    run(tmp_path, body)
+
+
 def test_arguments_that_are_no_store_paths_are_refused_and_the_connection_goes_on(tmp_path: Path) -> None:
     def client(socket_path: Path) -> None:
         with WorkerClient(socket_path) as nix:
