@@ -84,7 +84,13 @@ def test_given_caches_and_keys_replace_all_others_and_nix_conf_is_not_read(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
     write(tmp_path / "nix/nix.conf", "this is not a nix.conf")
-    settings = load_settings(Flags(caches=("http://a",), keys=("k:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",), verify="deferred"), environ, uid=1000)
+    settings = load_settings(
+        Flags(
+            caches=("http://a",), keys=("k:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",), verify="deferred"
+        ),
+        environ,
+        uid=1000,
+    )
     assert settings.view("s")["sources"] == [{"url": "http://a", "verify": "deferred"}]
     assert settings.keys == ("k:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",)
     assert settings.view("s")["session"] == "s"
