@@ -26,7 +26,7 @@ KEPT = 32_768
 """Path infos in memory, about 2 KiB each; the least used half is forgotten when there are more."""
 AHEAD = 65_536
 """Paths that one question may have resolved ahead: what keeps a walk of an endless cache finite."""
-LOCAL_AHEAD = 4
+LOCAL_AHEAD = 2
 """Resolutions started per turn of the event loop: those that need no network must not hold up the questions."""
 
 
