@@ -19,7 +19,7 @@ class PathCount:
     requests: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Account:
     """Counters of one session. Memory: a row per store path known to the session."""
 
@@ -28,6 +28,22 @@ class Account:
     paths: dict[StorePath, PathCount] = field(default_factory=dict)
     closure: dict[StorePath, int] = field(default_factory=dict)
     """Every path of the closures looked up, with its NAR size."""
+    asked: dict[StorePath, int] = field(default_factory=dict)
+    """Paths whose content was asked for, with their NAR sizes; the evidence of ``access``."""
+    asked_bytes: int = 0
+    closure_bytes: int = 0
+
+    def ask(self, path: StorePath, nar_size: int) -> None:
+        """Note that the content of ``path`` was wanted by a reader."""
+        if path not in self.asked:
+            self.asked[path] = nar_size
+            self.asked_bytes += nar_size
+
+    def know(self, path: StorePath, nar_size: int) -> None:
+        """Note a path of a closure that was looked up."""
+        if path not in self.closure:
+            self.closure[path] = nar_size
+            self.closure_bytes += nar_size
 
     def meter(self, path: StorePath) -> Callable[[int], None]:
         """A ``sources.base.Meter`` that books on ``path``; making it counts one request."""
@@ -50,7 +66,7 @@ class Account:
             "wire_bytes": self.wire_bytes,
             "requests": self.requests,
             "closure_paths": len(self.closure),
-            "closure_bytes": sum(self.closure.values()),
+            "closure_bytes": self.closure_bytes,
             "paths": {
                 str(path): {"fetched_wire": c.wire, "fetched_nar": c.nar, "requests": c.requests}
                 for path, c in self.paths.items()

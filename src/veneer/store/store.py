@@ -22,6 +22,7 @@ from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
 
+from . import access
 from .account import Account, Stories
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
@@ -31,6 +32,8 @@ from .views import View
 PREFETCHED_LISTINGS = 64
 """Listings of a looked-up path's direct references that are fetched ahead, at most."""
 
+EAGER_DOWNLOADS = 4
+"""Downloads at a time of what nobody has asked for yet; fewer than ``Limits.parallel_downloads``."""
 LISTINGS = "listing"
 """In place of a source's URL in the quarantine: no listing of this path is believed, whoever has it."""
 LISTINGS_SECONDS = 10 * 365 * 86400.0
@@ -77,6 +80,7 @@ class Store:
         self._trees: dict[int, asyncio.Task[bool]] = {}
         self._background: dict[tuple[str, StorePath], asyncio.Task[None]] = {}
         self._ahead = asyncio.Semaphore(8)
+        self._eager: dict[Account, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """End everything under way."""
@@ -94,7 +98,7 @@ class Store:
         info = await self.resolver.path_info(view, path, account)
         self._notices.present(path)
         row = await self._published(view, info, account)
-        account.closure.setdefault(path, info.info.nar_size)
+        account.know(path, info.info.nar_size)
         if self._limits.prefetch:
             self._prefetch(view, info, account)
         return row
@@ -113,10 +117,12 @@ class Store:
     async def content(self, view: View, number: int, offset: int, size: int, account: Account) -> Ready:
         """Wait until bytes [offset, offset + size) of the NAR may be read from the cache."""
         row = self._row(number)
+        account.ask(row.store_path, row.nar_size)
         if row.nar == NarState.WHOLE and self.cache.nars.has(number):
             self.cache.index.touch([(number, self._clock())])
             return Ready(number, 0, row.nar_size, whole=True)
         download = await self._download(view, row, account)
+        self._consider_rest(view, account)
         ready = await self.fetcher.part(download, offset, size)
         if ready.number != number:
             raise HashMismatchError(
@@ -145,7 +151,7 @@ class Store:
             self.resolver, view, roots, account, parallel=self._limits.parallel_requests, progress=progress
         )
         for path, info in found.items():
-            account.closure.setdefault(path, info.info.nar_size)
+            account.know(path, info.info.nar_size)
         return found
 
     def evict(self, max_bytes: int | None = None, *, dry_run: bool = False) -> list[tuple[StorePath, int]]:
@@ -307,6 +313,40 @@ class Store:
         for reference in references:
             async with self._ahead:
                 await self._listed(view, self._row_of(found[reference]), account)
+
+    def _consider_rest(self, view: View, account: Account) -> None:
+        """Fetch the rest of the session's closures in the background when ``access`` says so; one such task at a time."""
+        if not self._limits.prefetch or account in self._eager:
+            return
+        if not access.wants_rest(
+            asked_paths=len(account.asked),
+            asked_bytes=account.asked_bytes,
+            closure_bytes=account.closure_bytes,
+        ):
+            return
+        task = asyncio.create_task(self._rest(view, account), name="rest of the closure")
+        self._eager[account] = task
+        task.add_done_callback(lambda done: self._rest_done(account, done))
+
+    async def _rest(self, view: View, account: Account) -> None:
+        """Every path of the closures that is not here, EAGER_DOWNLOADS at a time; readers' downloads go beside them."""
+        places = asyncio.Semaphore(EAGER_DOWNLOADS)
+
+        async def one(path: StorePath) -> None:
+            async with places:
+                await self.whole(view, path, account)
+
+        async with asyncio.TaskGroup() as group:
+            for path in account.closure:
+                if path not in account.asked:
+                    group.create_task(one(path))
+
+    def _rest_done(self, account: Account, task: asyncio.Task[None]) -> None:
+        del self._eager[account]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failure = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
+            if isinstance(failure, Exception):
+                self.stories.add("rest of the closure", failure)
 
     def _prefetched(self, key: tuple[str, StorePath], task: asyncio.Task[None]) -> None:
         del self._background[key]

@@ -18,6 +18,7 @@ from veneer.model.errors import HashMismatchError, SourceError, TrustError, Vene
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.sources.base import Meter, unmetered
+from veneer.store import access
 from veneer.store.account import Account
 from veneer.store.remembered import RememberedSource
 from veneer.store.resolve import AbsentError
@@ -352,5 +353,29 @@ def test_a_source_that_is_gone_is_an_error_of_the_source_and_never_absence(tmp_p
     async def body(bench: Bench) -> None:
         with pytest.raises(SourceError):
             await bench.store.lookup(bench.view("http://127.0.0.1:9"), PATHS["leaf"], bench.account)
+
+    run(tmp_path, body)
+
+
+def test_a_session_that_asks_for_most_of_a_closure_gets_the_rest_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "MIN_PATHS", 1)
+    monkeypatch.setattr(access, "SHARE", 0.0)
+
+    async def body(bench: Bench) -> None:
+        notices = Notices(bench.dropped.append, lambda number, path: None, bench.present.append)
+        store = Store(bench.cache, bench.clock, notices, Limits())
+        view = bench.view(url("zstd"))
+        try:
+            closure = await store.closure(view, [PATHS["outputs.dev"]], bench.account)
+            row = await store.lookup(view, PATHS["outputs.dev"], bench.account)
+            await store.content(view, row.number, 0, 1, bench.account)
+            while bench.cache.index.totals().nars < len(closure):
+                rest = [task for task in asyncio.all_tasks() if task.get_name() == "rest of the closure"]
+                assert rest, "nobody fetches the rest"
+                await asyncio.wait(rest)
+        finally:
+            await store.close()
 
     run(tmp_path, body)
