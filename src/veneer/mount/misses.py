@@ -306,15 +306,29 @@ class Misses:
             waiting = [p for p in ask.waiting if self._parked.get(p.unique & ~RESENT) is p]
             for parked in waiting:
                 del self._parked[parked.unique & ~RESENT]
-        kind, key = ask.key
-        code = 0
+        try:
+            code, story = self._outcome(*ask.key, frame)
+        except (OSError, FormatError) as error:  # I4: they are in nobody else's hands
+            for parked in waiting:
+                self._fail(parked, errno.EIO, f"the store daemon's answer is of no use: {error}")
+            if isinstance(error, FormatError):
+                raise
+            return
+        if story is not None:
+            for parked in waiting:
+                self._fail(parked, code, story)
+            return
+        for parked in waiting:
+            self._answered(parked)
+            self.answer(parked, code)
+
+    def _outcome(self, kind: Kind, key: int | bytes, frame: Frame) -> tuple[int, str | None]:
+        """(errno, story of a failure) that an answer means, once what it tells is noted. FormatError, OSError."""
         if frame.kind is Kind.FAILED:
             code, story = request_wire.failed(frame.body)
             if not 0 < code < 4096 or (code == errno.ENOENT and kind is not Kind.LOOKUP):
                 code = errno.EIO
-            for parked in waiting:
-                self._fail(parked, code, story)
-            return
+            return code, story
         if frame.kind is Kind.FOUND and isinstance(key, bytes):
             number, _ = request_wire.found(frame.body)
             if not 0 < number < 1 << 32:
@@ -322,16 +336,14 @@ class Misses:
             self._trees.numbers.put(key, number)
         elif frame.kind is Kind.ABSENT and isinstance(key, bytes):
             self._trees.absent.put(key, request_wire.absent(frame.body) / 1000)
-            code = errno.ENOENT
+            return errno.ENOENT, None
         elif frame.kind is Kind.READY and kind is not Kind.LOOKUP:
             if kind is Kind.CONTENT:
                 number, start, end, whole = request_wire.ready(frame.body)
                 self._contents.ready(number, start, end, whole=whole)
         else:
             raise FormatError(f"{frame.kind.name} as a reply to {kind.name}", where="request protocol")
-        for parked in waiting:
-            self._answered(parked)
-            self.answer(parked, code)
+        return 0, None
 
     def _quarantine(self, number: int, name: str) -> None:
         self._trees.forget(number, name.encode("ascii", "replace"))
