@@ -92,9 +92,13 @@ class Settings:
     ca_file: str | None = None
     negative_ttl: float = 10.0
     max_bytes: int | None = None
+    borrowed: bool = False
+    """The cache directory is another user's, and nobody named sources or keys: its daemon's own view is used."""
 
     def view(self, session: str = "") -> dict[str, object]:
         """The view for the daemon (HELLO of the request protocol). ``session``: whose account the figures go to."""
+        if self.borrowed:
+            return {"session": session}
         return {
             "sources": [{"url": s.url, "verify": s.verify} for s in self.sources],
             "keys": list(self.keys),
@@ -143,8 +147,9 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
     require = document.get("require-signatures", nix.require_sigs if nix is not None else True)
     ttl = document.get("negative-ttl", 10.0)
     limit = flags.max_size if flags.max_size is not None else document.get("max-size")
+    cache_dir = _directory(flags.cache_dir or document.get("cache-dir"), default_cache_dir(environ, uid))
     return Settings(
-        cache_dir=_directory(flags.cache_dir or document.get("cache-dir"), default_cache_dir(environ, uid)),
+        cache_dir=cache_dir,
         environments_dir=_directory(document.get("environments-dir"), default_environments_dir(environ, uid)),
         sources=sources,
         keys=keys,
@@ -156,6 +161,7 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
         or environ.get("SSL_CERT_FILE"),
         negative_ttl=float(ttl) if isinstance(ttl, int | float) else 10.0,
         max_bytes=parse_size(str(limit)) if limit is not None else None,
+        borrowed=not flags.caches and not flags.keys and _is_of_another(cache_dir, uid),
     )
 
 
@@ -212,6 +218,14 @@ def parse_file(data: bytes, where: str) -> dict[str, object]:
         if not isinstance(text, str):
             raise UsageError("trusted-public-keys must be strings", where=where)
     return document
+
+
+def _is_of_another(directory: Path, uid: int) -> bool:
+    """Whether a user other than us (and we are not root) owns the directory."""
+    try:
+        return uid not in (0, directory.stat().st_uid)
+    except OSError:
+        return False  # whoever opens it will say why not
 
 
 def _check_key(text: str) -> None:

@@ -1,7 +1,7 @@
 """The request protocol's server side: one task per connection, one per open request.
 
 Who may do what: everybody who can connect may ask within the daemon's default view; only the daemon's own user and root
-may bring a view or send CONTROL (SO_PEERCRED decides). Bounds: OPEN_REQUESTS per connection (reading stops above it),
+may bring a view or send more CONTROL verbs than OPEN_VERBS (SO_PEERCRED decides). Bounds: OPEN_REQUESTS per connection (reading stops above it),
 UNSENT bytes towards a client that does not read (the connection is ended above it).
 """
 
@@ -14,6 +14,8 @@ import socket
 import struct
 from collections.abc import Callable
 from typing import Protocol
+
+import msgspec
 
 from veneer.formats import request_wire as wire
 from veneer.formats.request_wire import Frame, Kind
@@ -28,6 +30,8 @@ from .sessions import Session, Sessions
 OPEN_REQUESTS = 4096
 UNSENT = 64 << 20
 HELLO_SECONDS = 10.0
+OPEN_VERBS = ("closure", "content", "report", "tree")
+"""CONTROL verbs for everybody: no more than a mount server may ask."""
 
 
 class Controller(Protocol):
@@ -139,12 +143,17 @@ class RequestServer:
             )
         pid, uid = _peer(writer)
         owner = uid in (0, os.geteuid())
-        if brought is not None and not owner:
+        if brought is None:
+            config = self._default_view
+        elif isinstance(brought, dict) and brought.keys() <= {"session"}:
+            config = msgspec.structs.replace(self._default_view, session=str(brought.get("session", "")))
+        elif owner:
+            config = ViewConfig.from_json(brought)
+        else:
             raise DaemonError(
                 f"user {uid} may not choose sources for the daemon of user {os.geteuid()}",
                 hint="leave out --cache and keys to use the daemon's own, or use a cache directory of your own",
             )
-        config = self._default_view if brought is None else ViewConfig.from_json(brought)
         return self._sessions.enter(config, may_control=owner, peer=f"pid {pid}, user {uid}", send=send)
 
     async def _answer(self, session: Session, frame: Frame) -> None:
@@ -184,11 +193,11 @@ class RequestServer:
                 number = await store.tree(view, wire.path_number(frame.body), account)
                 return Frame(Kind.READY, frame.id, wire.ready_body(number, 0, 0, whole=True))
             case Kind.CONTROL:
-                if not session.may_control:
-                    raise DaemonError("only the daemon's own user and root may control it")
                 request = json.loads(frame.body)
                 if not isinstance(request, dict):
                     raise FormatError("CONTROL is not a JSON object", where="request protocol")
+                if not session.may_control and request.get("do") not in OPEN_VERBS:
+                    raise DaemonError("only the daemon's own user and root may control it")
 
                 def progress(state: dict[str, object]) -> None:
                     session.send(Frame(Kind.PROGRESS, frame.id, json.dumps(state).encode()))

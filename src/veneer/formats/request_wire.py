@@ -10,7 +10,7 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 
 | kind | body | replies |
 |---|---|---|
-| HELLO | JSON: {"version": 1, "view": view or null} | WELCOME or FAILED |
+| HELLO | JSON: {"version": 1, "view": view, {"session": name} for the daemon's own, or null} | WELCOME or FAILED |
 | LOOKUP | store path base name | FOUND, ABSENT or FAILED |
 | TREE | u64 path number | READY (offsets 0, whole) or FAILED |
 | CONTENT | u64 path number, u64 offset, u64 size: bytes of the NAR | READY or FAILED |
