@@ -283,6 +283,7 @@ def test_quarantined_path_gives_errors_even_for_what_was_read_before(mount: Moun
     assert read(mount.path(name) / "f") == b"tampered"
     mount.daemon.refuse[name] = (errno.EIO, "quarantined")
     with open(mount.path(name) / "f", "rb") as still_open:
+        (mount.cache / tree_file(number)).unlink()  # as the daemon does before the notice arrives
         mount.daemon.notify(Kind.QUARANTINED, request_wire.quarantined_body(number, name))
         _eventually(lambda: _errno_of(mount.path(name) / "f") == errno.EIO)
         with pytest.raises(OSError) as caught:

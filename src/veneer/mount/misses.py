@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from veneer.formats import request_wire
 from veneer.formats.fuse_wire import IN_HEADER, LOOKUP, RESENT, ROOT_NODE
 from veneer.formats.request_wire import Frame, Kind, Splitter
-from veneer.model.errors import DaemonError, FormatError
+from veneer.formats.tree_index import TreeIndex
+from veneer.model.errors import DaemonError, FormatError, VeneerError
 
 from .content import Contents
 from .stories import Stories
@@ -72,8 +73,8 @@ class _Ask:
 class Misses:
     """Parked requests. ``answer`` gets (parked, errno): 0 means handle it again, anything else is its reply.
 
-    ``quarantined`` gets (path number, name), ``renewed`` the names that became void with a new cache; both run on the
-    misses thread and must not block.
+    ``quarantined`` gets (path number, name, its tree if there still is one), ``renewed`` the names that became void with
+    a new cache; both run on the misses thread and must not block.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Misses:
         self._tally = tally
         self._seconds = seconds
         self.answer: Callable[[Parked, int], None] = _nobody
-        self.quarantined: Callable[[int, bytes], None] = _nobody
+        self.quarantined: Callable[[int, bytes, TreeIndex | None], None] = _nobody
         self.renewed: Callable[[list[bytes]], None] = _nobody
         self._lock = threading.Lock()
         self._parked: dict[int, Parked] = {}
@@ -346,11 +347,15 @@ class Misses:
         return 0, None
 
     def _quarantine(self, number: int, name: str) -> None:
-        self._trees.forget(number, name.encode("ascii", "replace"))
+        index = None
+        try:
+            index = self._trees.forget(number, name.encode("ascii", "replace"))
+        except (OSError, VeneerError) as error:
+            self._stories.tell_error(error, f"{name}: files to forget")
         self._contents.drop(number)
         for parked in self._take(lambda p: p.key[1] == number):
             self._fail(parked, errno.EIO, f"{name} was quarantined: its content is not what was signed")
-        self.quarantined(number, name.encode("ascii", "replace"))
+        self.quarantined(number, name.encode("ascii", "replace"), index)
 
     def _expire(self) -> None:
         if not self._parked:

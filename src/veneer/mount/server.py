@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 from veneer.formats import fuse_wire as wire
-from veneer.formats.tree_index import Kind, node_id
+from veneer.formats.tree_index import Kind, TreeIndex, node_id
 from veneer.model.errors import VeneerError
 
 from .content import Contents
@@ -136,8 +136,8 @@ class MountServer:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 self._stories.tell_error(error, "reply to a request that waited")
 
-    def _quarantined(self, number: int, name: bytes) -> None:
-        self._notices.put(lambda: self._forget_pages(number))
+    def _quarantined(self, number: int, name: bytes, index: TreeIndex | None) -> None:
+        self._notices.put(lambda: self._forget_pages(number, index))
         self._notices.put(lambda: self._forget_name(name))
 
     def _renewed(self, names: list[bytes]) -> None:
@@ -166,15 +166,13 @@ class MountServer:
         self._write_notice(wire.inval_entry(wire.ROOT_NODE, name))
         return True
 
-    def _forget_pages(self, number: int) -> bool:
+    def _forget_pages(self, number: int, index: TreeIndex | None) -> bool:
+        files: list[int] = []
         try:
-            index = self._trees.open_quarantined(number)
-            files = (
-                [e.number for _, e in index.walk() if e.kind <= Kind.EXECUTABLE] if index is not None else []
-            )
-        except (OSError, VeneerError) as error:
+            if index is not None:
+                files = [e.number for _, e in index.walk() if e.kind <= Kind.EXECUTABLE]
+        except VeneerError as error:
             self._stories.tell_error(error, f"path {number}: files to forget")
-            files = []
         for entry in (0, *files):
             self._write_notice(wire.inval_inode(node_id(number, entry)))
         return True

@@ -64,10 +64,6 @@ class Trees:
             self._plan()
         return index
 
-    def open_quarantined(self, number: int) -> TreeIndex | None:
-        """For invalidation only: which files the kernel may hold pages of."""
-        return self._map(number)
-
     def _map(self, number: int) -> TreeIndex | None:
         try:
             fd = os.open(tree_file(number), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
@@ -89,11 +85,16 @@ class Trees:
             raise CacheError("the cache was made anew; this path is of the old one", where=tree_file(number))
         return index
 
-    def forget(self, number: int, name: bytes) -> None:
-        """Quarantine."""
+    def forget(self, number: int, name: bytes) -> TreeIndex | None:
+        """Quarantine. The index, for invalidation only: the kernel may hold pages of the files in it.
+
+        The one that was mapped, because the daemon may have removed its file already. FormatError, CacheError, OSError.
+        """
         self.quarantined.add(number)
+        index = self.mapped.get(number)
         self.mapped.drop(number)
         self.numbers.drop(name)
+        return index if index is not None else self._map(number)
 
     def change_generation(self, generation: bytes) -> list[bytes]:
         """The daemon told its cache's generation. The names that became void when it is another one than before."""
