@@ -168,11 +168,7 @@ def test_a_server_that_says_nothing_costs_no_more_than_the_patience(
     assert "within 2 s" in probe.errors
 
 
-# The kernel's overlay keeps names that were absent for good: it never asks the lower layer about them again.
-_STAYS_ABSENT = pytest.mark.xfail(strict=True, reason="overlayfs does not revalidate names that were absent")
-
-
-@pytest.mark.parametrize("way", [pytest.param("run", marks=_STAYS_ABSENT), "mount"])
+@pytest.mark.parametrize("way", ["run", "mount"])
 def test_a_path_that_a_cache_gains_appears(
     way: str, caller: Caller, nix_cache: SampleStore, unpacked: Census, nginx: Serve, tmp_path: Path
 ) -> None:

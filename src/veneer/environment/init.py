@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import signal
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from veneer.mount import device
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 OUR_FAULT = 125
+ABSENCE_SECONDS = 10.0
+"""How long absence is believed when the view is the daemon's own."""
+ABSENCE_MARGIN = 0.2
 STOP_SECONDS = 5.0
 """How long the mount server may take to end and report."""
 
@@ -57,6 +61,7 @@ def run_init(task: InitTask) -> NoReturn:
         task.channel.send("init", [os.pidfd_open(os.getpid())])
         server = _build(task)
         command = _start_command(task)
+        threading.Thread(target=_renew_absences, args=(task,), name="absences", daemon=True).start()
         code = os.waitstatus_to_exitcode(_wait_for_command(task.channel, command, server.pid))
         _kill_others(server.pid)
         _stop(server.pid)
@@ -173,6 +178,28 @@ def _exec_failure(program: str, path: list[str], error: OSError) -> tuple[int, s
             return NOT_EXECUTABLE, f"{program}: its interpreter or loader does not exist"
         return NOT_FOUND, f"{program}: no such file"
     return NOT_EXECUTABLE, f"{program}: {error.strerror}"
+
+
+def _renew_absences(task: InitTask) -> None:
+    """Let names that were absent be asked again once their time is over: the overlay pins them until it is remounted.
+
+    A thread of its own, for ever. Signals that come while it waits become one, and have the next turn.
+    """
+    seconds = float((task.spec.view or {}).get("negative_ttl", ABSENCE_SECONDS)) + ABSENCE_MARGIN
+    target = task.spec.store_dir
+    pause = threading.Event()
+    while True:
+        signal.sigwait([serving.ABSENCE])
+        pause.wait(seconds)
+        try:
+            flags = os.statvfs(target).f_flag & (
+                syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+            )
+            syscalls.mount("overlay", target, "overlay", syscalls.MS_REMOUNT | flags)
+        except OSError as error:
+            text = f"store paths that were absent stay so: the overlay cannot be remounted ({error.strerror})"
+            task.channel.send("warning", text=text)
+            return
 
 
 def _wait_for_command(channel: Channel, command: int, server: int) -> int:

@@ -27,6 +27,10 @@ LoadServer = Callable[[], Serve]
 """Called in the new process while the root is being built: the place for imports."""
 
 
+ABSENCE = signal.SIGUSR1
+"""To init: a store path was answered as absent, which the overlay above will not ask again by itself."""
+
+
 @dataclass(slots=True)
 class ServerProcess:
     """``pid``: in our pid namespace. ``go_fd``: closing it after a byte was written lets it serve."""
@@ -57,7 +61,13 @@ def mount_server(spec: RunSpec) -> LoadServer:
         from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
 
         def serve(fuse_fd: int, cache_fd: int) -> Report:
-            server = MountServer(fuse_fd, cache_fd, spec.view, miss_seconds=spec.miss_seconds)
+            def tell_init(event: str, _fields: dict[str, object]) -> None:
+                if event == "absent":
+                    os.kill(os.getppid(), ABSENCE)
+
+            server = MountServer(
+                fuse_fd, cache_fd, spec.view, miss_seconds=spec.miss_seconds, events=tell_init
+            )
 
             def stop_on_request() -> None:
                 signal.sigwait([signal.SIGTERM])

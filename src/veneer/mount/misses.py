@@ -336,7 +336,9 @@ class Misses:
                 raise FormatError(f"path number {number}", where="request protocol")
             self._trees.numbers.put(key, number)
         elif frame.kind is Kind.ABSENT and isinstance(key, bytes):
-            self._trees.absent.put(key, request_wire.absent(frame.body) / 1000)
+            seconds = request_wire.absent(frame.body) / 1000
+            self._trees.absent.put(key, seconds)
+            self._stories.event("absent", seconds=seconds)
             return errno.ENOENT, None
         elif frame.kind is Kind.READY and kind is not Kind.LOOKUP:
             if kind is Kind.CONTENT:

@@ -54,6 +54,10 @@ class Stories:
         self._events("failed", dict(story))
         return code
 
+    def event(self, name: str, **fields: object) -> None:
+        """Something that is no failure, for whoever listens."""
+        self._events(name, fields)
+
     def tell_error(self, error: BaseException, where: str) -> int:
         why = error.story() if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
         return self.tell(errno_of(error), where, why)
