@@ -5,7 +5,8 @@ reader that goes away leaves it running for the others and for the cache. Candid
 quarantined per source, a source's failure goes to the next one, and only when none is left the readers get the story.
 
 Invariants: F1: at most one download per path number. F2: bytes are announced only after they were written to the file
-that the reader will open. F3: under ``strict`` nothing is announced before ``verify.receive_nar`` accepted the whole NAR. F4: a number of which readers
+that the reader will open. F3: under ``strict`` nothing is announced before ``verify.receive_nar`` accepted the whole NAR;
+whether a source is ``strict`` is the word of the view that began the download and of the view that reads. F4: a number of which readers
 saw bytes that in the end nobody vouched for (``deferred``) does not live on: it is condemned, and opening again starts anew.
 """
 
@@ -49,11 +50,17 @@ class Ready:
 
 
 class Download:
-    """One NAR under way. ``prefix``: bytes of the growing file that readers may have (``deferred`` only)."""
+    """One NAR under way, begun by the view ``owner``.
 
-    def __init__(self, row: PathRow, deferred: bool) -> None:
+    ``prefix``: bytes of the growing file that readers may have who defer the verification of ``source``.
+    ``deferred``: the URLs of the sources for which the owner does.
+    """
+
+    def __init__(self, row: PathRow, owner: str, deferred: frozenset[str]) -> None:
         self.row = row
+        self.owner = owner
         self.deferred = deferred
+        self.source = ""
         self.prefix = 0
         self.task: asyncio.Task[int] | None = None
         self.grew = asyncio.Event()
@@ -123,12 +130,13 @@ class Fetcher:
         candidates: Candidates,
         account: Account,
         *,
-        deferred: bool,
+        owner: str,
+        deferred: frozenset[str],
     ) -> Download:
         """The path's download, begun if there is none (F1)."""
         download = self._downloads.get(row.number)
         if download is None:
-            download = Download(row, deferred)
+            download = Download(row, owner, deferred)
             self._downloads[row.number] = download
             download.task = asyncio.create_task(
                 self._run(download, candidates, account), name=f"fetch {row.store_path}"
@@ -141,19 +149,19 @@ class Fetcher:
         assert download.task is not None
         return await asyncio.shield(download.task)
 
-    async def part(self, download: Download, offset: int, size: int) -> Ready:
-        """Wait until [offset, offset + size) may be read."""
+    async def part(self, download: Download, offset: int, size: int, deferred: frozenset[str]) -> Ready:
+        """Wait until [offset, offset + size) may be read by somebody who reads ``deferred`` sources before they are verified."""
         task = download.task
         assert task is not None
         end = min(offset + size, download.row.nar_size)
-        while download.deferred and not task.done() and download.prefix < end:
+        while deferred & download.deferred and not task.done():
+            if download.prefix >= end and download.source in deferred:
+                return Ready(download.row.number, 0, download.prefix, whole=False)
             grew = asyncio.create_task(download.grew.wait())
             try:
                 await asyncio.wait({grew, task}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 grew.cancel()
-        if download.deferred and not task.done():
-            return Ready(download.row.number, 0, download.prefix, whole=False)
         number = await asyncio.shield(task)
         return Ready(number, 0, download.row.nar_size, whole=True)
 
@@ -176,6 +184,10 @@ class Fetcher:
                     failures.append(error)
                 except SourceError as error:
                     failures.append(error)
+                except VeneerError as error:
+                    if download.prefix:  # F4
+                        self._condemn(row, error)
+                    raise
                 self._stories.add(str(row.store_path), failures[-1])
                 if download.prefix:  # F4
                     self._condemn(row, failures[-1])
@@ -187,22 +199,21 @@ class Fetcher:
         try:
             return await self._attempt(download, candidate, account)
         except CacheFullError:
-            if not self._make_room(download.row.nar_size):
-                raise
+            if download.prefix or not self._make_room(download.row.nar_size):
+                raise  # F4: what was shown of the first attempt would not be verified by the second
         return await self._attempt(download, candidate, account)
 
     async def _attempt(self, download: Download, candidate: Candidate, account: Account) -> int:
         row, loop = download.row, asyncio.get_running_loop()
         nars = self._cache.nars
-        incoming = (
-            nars.partial(row.number, row.nar_size)
-            if download.deferred
-            else nars.incoming(row.number, row.nar_size)
-        )
+        deferred = candidate.source.url in download.deferred
+        make = nars.partial if deferred else nars.incoming
+        incoming = make(row.number, row.nar_size)
+        download.source = candidate.source.url
         pipe = ChunkPipe()
 
         def progress(size: int) -> None:  # worker thread
-            if download.deferred:
+            if deferred:
                 loop.call_soon_threadsafe(download.announce, size)
 
         def receive() -> tuple[VerifiedNar, Node, bytearray]:  # worker thread
@@ -228,7 +239,7 @@ class Fetcher:
                 pipe.fail(error)
                 if not isinstance(error, Exception):
                     raise
-            verified, tree, encoded = await receiving
+            verified, tree, encoded = await asyncio.shield(receiving)  # its thread cannot be cancelled
         except (FormatError, HashMismatchError):
             nars.set_aside(incoming)
             raise
@@ -237,7 +248,10 @@ class Fetcher:
             incoming.discard()
             raise
         count.nar += verified.nar_size
-        return self._admit(row, verified, tree, encoded)
+        try:
+            return self._admit(row, verified, tree, encoded)
+        finally:
+            incoming.discard()  # what was not admitted
 
     async def _settle(self, receiving: asyncio.Future[tuple[VerifiedNar, Node, bytearray]]) -> None:
         """The thread has let go of the file; its error was raised by whoever awaited it first."""

@@ -8,9 +8,10 @@ condemned and the path lives on under a new one. S3: nothing is served in a view
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
 from veneer.cache.cache import Cache, Evicted
 from veneer.cache.index import NarState, PathRow, TreeState
@@ -26,8 +27,10 @@ from . import access
 from .account import Account, Stories
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
-from .resolve import Resolver
+from .resolve import AbsentError, Candidate, Resolver
 from .views import View
+
+T = TypeVar("T")
 
 PREFETCHED_LISTINGS = 64
 """Listings of a looked-up path's direct references that are fetched ahead, at most."""
@@ -87,6 +90,7 @@ class Store:
         tasks: list[asyncio.Task[bool] | asyncio.Task[None]] = [
             *self._trees.values(),
             *self._background.values(),
+            *self._eager.values(),
         ]
         for task in tasks:
             task.cancel()
@@ -106,7 +110,7 @@ class Store:
     async def tree(self, view: View, number: int, account: Account) -> int:
         """Publish the tree of a known number again (its file was lost)."""
         row = self._row(number)
-        info = await self.resolver.path_info(view, row.store_path, account)
+        info = (await self._known(view, row.store_path, account)).info
         again = await self._published(view, info, account)
         if again.number != number:
             raise HashMismatchError(
@@ -121,9 +125,10 @@ class Store:
         if row.nar == NarState.WHOLE and self.cache.nars.has(number):
             self.cache.index.touch([(number, self._clock())])
             return Ready(number, 0, row.nar_size, whole=True)
-        download = await self._download(view, row, account)
         self._consider_rest(view, account)
-        ready = await self.fetcher.part(download, offset, size)
+        ready = await self._fetched(
+            view, row, account, lambda download: self.fetcher.part(download, offset, size, view.deferred)
+        )
         if ready.number != number:
             raise HashMismatchError(
                 f"the listing of {row.store_path} was not that of its NAR", hint="open it again"
@@ -137,7 +142,7 @@ class Store:
         if row.nar == NarState.WHOLE and self.cache.nars.has(row.number):
             self.cache.index.touch([(row.number, self._clock())])
             return row
-        return self._row(await self.fetcher.whole(await self._download(view, row, account)))
+        return self._row(await self._fetched(view, row, account, self.fetcher.whole))
 
     async def closure(
         self,
@@ -183,24 +188,46 @@ class Store:
     def _candidates(self, view: View, path: StorePath, account: Account) -> Candidates:
         return lambda: self.resolver.candidates(view, path, account)
 
+    async def _known(self, view: View, path: StorePath, account: Account) -> Candidate:
+        """The best candidate for a path that was opened before: that it cannot be had any more is not its absence."""
+        try:
+            return await self.resolver.best(view, path, account)
+        except AbsentError as error:
+            raise SourceError(f"no source of this view has {path} any more", hint="veneer status") from error
+
     async def _download(self, view: View, row: PathRow, account: Account) -> Download:
-        best = await self.resolver.best(view, row.store_path, account)
+        best = await self._known(view, row.store_path, account)
         if best.info.info.nar_hash != row.nar_hash:
             raise HashMismatchError(
                 f"{row.store_path} has another NAR hash in this view's sources than when it was opened",
                 hint="open it again",
             )
-        deferred = best.source.url in view.deferred and row.tree != TreeState.NONE
         return self.fetcher.start(
-            row, self._candidates(view, row.store_path, account), account, deferred=deferred
+            row,
+            self._candidates(view, row.store_path, account),
+            account,
+            owner=view.identity,
+            deferred=view.deferred if row.tree != TreeState.NONE else frozenset(),
         )
+
+    async def _fetched(
+        self, view: View, row: PathRow, account: Account, wait: Callable[[Download], Awaitable[T]]
+    ) -> T:
+        """What ``wait`` gives for the path's download. One that another view's sources failed is begun anew with ours."""
+        while True:
+            download = await self._download(view, self._row(row.number), account)
+            try:
+                return await wait(download)
+            except VeneerError:
+                if download.owner == view.identity:
+                    raise
 
     async def _published(self, view: View, info: PathInfo, account: Account) -> PathRow:
         """The row of ``info`` with a published tree: from a listing if there is one, from the NAR otherwise."""
         row = self._row_of(info)
         if await self._listed(view, row, account):
             return self._row(row.number)
-        return self._row(await self.fetcher.whole(await self._download(view, row, account)))
+        return self._row(await self._fetched(view, row, account, self.fetcher.whole))
 
     async def _listed(self, view: View, row: PathRow, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
