@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +113,13 @@ class Nars:
     def path(self, number: int) -> Path:
         return self._root / nar_file(number)
 
-    def has(self, number: int) -> bool:
-        """Whether the file is there, on disk (the row is the faster answer, and normally the same)."""
-        return self.path(number).is_file()
+    def has(self, number: int, size: int | None = None) -> bool:
+        """Whether the file is there, on disk, and has ``size`` bytes (the row is the faster answer, and normally the same)."""
+        try:
+            status = self.path(number).stat()
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
 
     def incoming(self, number: int, nar_size: int = 0) -> IncomingNar:
         """A file for a strict download. CacheFullError at once when ``nar_size`` bytes cannot fit."""

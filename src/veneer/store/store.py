@@ -17,6 +17,7 @@ from veneer.cache.cache import Cache, Evicted
 from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.cache.nars import VerifiedNar
 from veneer.formats.listing import parse_listing
+from veneer.formats.nar import tree_of_nar
 from veneer.formats.tree_index import encode_tree
 from veneer.model.errors import FormatError, HashMismatchError, NotFoundError, SourceError, VeneerError
 from veneer.model.path_info import PathInfo
@@ -28,6 +29,7 @@ from .account import Account, Stories
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
 from .resolve import AbsentError, Candidate, Resolver
+from .verify import PIECE
 from .views import View
 
 T = TypeVar("T")
@@ -122,7 +124,7 @@ class Store:
         """Wait until bytes [offset, offset + size) of the NAR may be read from the cache."""
         row = self._row(number)
         account.ask(row.store_path, row.nar_size)
-        if row.nar == NarState.WHOLE and self.cache.nars.has(number):
+        if self._is_whole(row):
             self.cache.index.touch([(number, self._clock())])
             return Ready(number, 0, row.nar_size, whole=True)
         self._consider_rest(view, account)
@@ -139,7 +141,7 @@ class Store:
         """Have the whole NAR of ``path`` in the cache."""
         info = await self.resolver.path_info(view, path, account)
         row = self._row_of(info)
-        if row.nar == NarState.WHOLE and self.cache.nars.has(row.number):
+        if self._is_whole(row):
             self.cache.index.touch([(row.number, self._clock())])
             return row
         return self._row(await self._fetched(view, row, account, self.fetcher.whole))
@@ -175,6 +177,10 @@ class Store:
                 f"{row.store_path} is quarantined under this number", hint="open it again"
             )
         return row
+
+    def _is_whole(self, row: PathRow) -> bool:
+        """Whether the NAR is here. One that something cut short is fetched again."""
+        return row.nar == NarState.WHOLE and self.cache.nars.has(row.number, row.nar_size)
 
     def _row_of(self, info: PathInfo) -> PathRow:
         unverified = info.info
@@ -231,7 +237,7 @@ class Store:
 
     async def _listed(self, view: View, row: PathRow, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
-        if row.tree != TreeState.NONE and self.cache.trees.has(row.number):
+        if self._has_tree(row):
             return True
         task = self._trees.get(row.number)
         if task is None:
@@ -241,6 +247,19 @@ class Store:
         return await asyncio.shield(task)
 
     async def _from_listing(self, view: View, row: PathRow, account: Account) -> bool:
+        """Publish a tree without fetching the NAR. Where that is here, nothing else says what its tree is (S2)."""
+        if self._is_whole(row):
+            try:
+                encoded = await asyncio.to_thread(self._encoded_of_nar, row)
+            except FileNotFoundError:
+                pass  # evicted meanwhile
+            except FormatError as error:
+                self.stories.add(str(row.store_path), error)
+                self.cache.nars.drop(row.number)
+                self._notices.dropped(row.number)
+            else:
+                self.cache.trees.publish(self._row(row.number).number, [encoded], TreeState.CHECKED)
+                return True
         hash_part = row.store_path.hash_part
         async with aclosing(self.resolver.candidates(view, row.store_path, account)) as candidates:
             async for candidate in candidates:
@@ -257,7 +276,8 @@ class Store:
                 except (SourceError, FormatError) as error:
                     self.stories.add(str(row.store_path), error)
                     continue
-                self.cache.trees.publish(row.number, [encoded], TreeState.LISTED)
+                if not self._has_tree(self._row(row.number)):  # else the NAR was faster
+                    self.cache.trees.publish(row.number, [encoded], TreeState.LISTED)
                 return True
         return False
 
@@ -266,6 +286,14 @@ class Store:
         if self.cache.index.listing_absent(url, row.store_path.hash_part) is not None:
             return True
         return self.cache.index.quarantined(row.store_path, row.nar_hash, LISTINGS, self._clock()) is not None
+
+    def _has_tree(self, row: PathRow) -> bool:
+        return row.tree != TreeState.NONE and self.cache.trees.has(row.number)
+
+    def _encoded_of_nar(self, row: PathRow) -> bytearray:
+        """The tree of a NAR that was verified when it was admitted. FormatError, OSError. On a worker thread."""
+        with open(self.cache.nars.path(row.number), "rb", buffering=0) as file:
+            return self._encoded(row, tree_of_nar(iter(lambda: file.read(PIECE), b"")))
 
     def _encoded(self, row: PathRow, node: Node) -> bytearray:
         return encode_tree(
@@ -279,7 +307,7 @@ class Store:
     def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytearray) -> int:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
         row = self._row(row.number)
-        if row.tree != TreeState.NONE and self.cache.trees.has(row.number):
+        if self._has_tree(row):
             if self.cache.trees.path(row.number).read_bytes() == encoded:
                 self.cache.index.set_tree(row.number, TreeState.CHECKED)
             else:
