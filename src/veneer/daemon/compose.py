@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def build_store(cache: Cache, clock: Clock, notices: Notices, limits: Limits) ->
 
 
 def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
-    """A view's sources, each behind the cache's memory. FormatError, UsageError: the configuration is wrong."""
+    """A view's sources, each behind the cache's memory. FormatError, UsageError: the configuration is wrong.
+
+    ``clock``: seconds since the epoch, kept with answers over restarts; rests are measured on one that never jumps.
+    """
     netrc = Path(config.netrc) if config.netrc else None
     ca_file = Path(config.ca_file) if config.ca_file else None
     options = SourceOptions(netrc=netrc, ca_file=ca_file, store_dir=config.store_dir)
@@ -39,4 +43,4 @@ def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
         )
         return remembered, parsed.trusted
 
-    return open_view(config, make_source, lambda sources: SourceChain(sources, clock=clock))
+    return open_view(config, make_source, lambda sources: SourceChain(sources, clock=time.monotonic))

@@ -7,7 +7,7 @@ within a view, so that a run's mount server and its supervisor see the same figu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from veneer.formats.request_wire import Frame, Kind, path_number_body, quarantined_body
@@ -46,8 +46,12 @@ class Session:
 class Sessions:
     """All connections. Implements the store's notices by telling everybody whom they concern."""
 
-    def __init__(self, build_view: Callable[[ViewConfig], View]) -> None:
+    def __init__(
+        self, build_view: Callable[[ViewConfig], View], downloading: Callable[[], Set[str]] = frozenset
+    ) -> None:
+        """``downloading``: identities of the views whose sources a download reads from."""
         self._build_view = build_view
+        self._downloading = downloading
         self._views: dict[str, View] = {}
         self._accounts: dict[tuple[str, str], Account] = {}
         self.connected: set[Session] = set()
@@ -73,14 +77,22 @@ class Sessions:
             end()
         if all(other.key != session.key for other in self.connected):
             self._accounts.pop(session.key, None)
-        in_use = {other.view.identity for other in self.connected}
-        for identity in [i for i in self._views if i not in in_use][: max(0, len(self._views) - VIEWS_KEPT)]:
+        while (
+            identity := self._superfluous()
+        ) is not None:  # anew each time: a session may enter during the await
             await self._views.pop(identity).close()
 
     async def close(self) -> None:
         """Close every view."""
         while self._views:
             await self._views.popitem()[1].close()
+
+    def _superfluous(self) -> str | None:
+        """A view to close: above VIEWS_KEPT, of no connection, and without a download that others may wait for."""
+        if len(self._views) <= VIEWS_KEPT:
+            return None
+        in_use = {other.view.identity for other in self.connected} | self._downloading()
+        return next((identity for identity in self._views if identity not in in_use), None)
 
     def dropped(self, number: int) -> None:
         self._tell(Frame(Kind.DROPPED, 0, path_number_body(number)))

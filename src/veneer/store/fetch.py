@@ -116,6 +116,11 @@ class Fetcher:
         """What is being downloaded."""
         return [download.row for download in self._downloads.values()]
 
+    @property
+    def owners(self) -> set[str]:
+        """Identities of the views whose sources are read from."""
+        return {download.owner for download in self._downloads.values()}
+
     async def close(self) -> None:
         """Cancel everything and wait for the threads."""
         tasks = [d.task for d in self._downloads.values() if d.task is not None]

@@ -55,7 +55,7 @@ class RememberedSource:
         if row.body is not None:
             return self._keep(hash_part, parse_narinfo(row.body, store_dir=self._store_dir))
         left = row.fetched_at + self._ttl - self._clock()
-        return left if left > 0 else None
+        return left if 0 < left <= self._ttl else None  # more: the clock was set back since
 
     async def nix_cache_info(self) -> CacheInfo:
         return await self._inner.nix_cache_info()

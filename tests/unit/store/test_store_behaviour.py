@@ -379,3 +379,20 @@ def test_a_session_that_asks_for_most_of_a_closure_gets_the_rest_unasked(
             await store.close()
 
     run(tmp_path, body)
+
+
+def test_a_clock_that_was_set_back_does_not_prolong_an_absence(tmp_path: Path) -> None:
+    cache = copy_of("zstd", tmp_path / "source")
+    narinfo = cache / f"{PATHS['text'].hash_part}.narinfo"
+    content = narinfo.read_bytes()
+    narinfo.unlink()
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(f"file://{cache}", ttl=10)
+        with pytest.raises(AbsentError):
+            await bench.store.lookup(view, PATHS["text"], bench.account)
+        narinfo.write_bytes(content)
+        bench.clock.now -= 3600
+        assert (await bench.store.lookup(view, PATHS["text"], bench.account)).number
+
+    run(tmp_path, body)
