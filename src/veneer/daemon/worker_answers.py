@@ -151,14 +151,14 @@ class Answers:
     async def _info(self, path: StorePath) -> PathInfo | None:
         info = await self._known.info(path, self._account, self._seconds)
         if info is not None:
-            self._account.closure.setdefault(path, info.info.nar_size)
+            self._account.know(path, info.info.nar_size)
         return info
 
     def _described(self, known: PathInfo) -> Sequence[Value]:
         info = known.info
         deriver = self._absolute(StorePath.parse(info.deriver)) if info.deriver else ""
         references = [self._absolute(reference) for reference in info.references]
-        self._account.closure.setdefault(known.store_path, info.nar_size)
+        self._account.know(known.store_path, info.nar_size)
         fields = (deriver, info.nar_hash.digest.hex(), references, 0, info.nar_size, 0)
         return 1, *fields, list(info.signatures), info.ca
 

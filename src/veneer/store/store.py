@@ -373,6 +373,9 @@ class Store:
         """Fetch the rest of the session's closures in the background when ``access`` says so; one such task at a time."""
         if not self._limits.prefetch or account in self._eager:
             return
+        limit = self.cache.max_bytes
+        if limit is not None and account.closure_bytes > limit:
+            return  # it would push out what is read, and be fetched again, for ever
         if not access.wants_rest(
             asked_paths=len(account.asked),
             asked_bytes=account.asked_bytes,

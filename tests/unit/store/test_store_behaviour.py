@@ -396,3 +396,25 @@ def test_a_clock_that_was_set_back_does_not_prolong_an_absence(tmp_path: Path) -
         assert (await bench.store.lookup(view, PATHS["text"], bench.account)).number
 
     run(tmp_path, body)
+
+
+def test_a_closure_larger_than_the_cache_is_never_fetched_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "MIN_PATHS", 1)
+    monkeypatch.setattr(access, "SHARE", 0.0)
+
+    async def body(bench: Bench) -> None:
+        notices = Notices(bench.dropped.append, lambda number, path: None, bench.present.append)
+        store = Store(bench.cache, bench.clock, notices, Limits())
+        view = bench.view(url("zstd"))
+        try:
+            await store.closure(view, [PATHS["outputs.dev"]], bench.account)
+            bench.cache.max_bytes = bench.account.closure_bytes - 1
+            row = await store.lookup(view, PATHS["outputs.dev"], bench.account)
+            await store.content(view, row.number, 0, 1, bench.account)
+            assert "rest of the closure" not in {task.get_name() for task in asyncio.all_tasks()}
+        finally:
+            await store.close()
+
+    run(tmp_path, body)
