@@ -247,6 +247,11 @@ class Index:
         self._fault("index.path_replaced")
         return _new_row(new, old.store_path, old.nar_hash, old.nar_size, now)
 
+    def retired(self, limit: int) -> list[tuple[int, StorePath]]:
+        """The numbers retired last, newest first: no file of theirs may be read any more."""
+        sql = "SELECT number, hash_part, name FROM paths WHERE quarantined = 1 ORDER BY number DESC LIMIT ?"
+        return [(number, StorePath(h, n)) for number, h, n in self._all(sql, (limit,))]
+
     def set_tree(self, number: int, state: TreeState, size: int | None = None) -> None:
         """After the tree file was put in place (or dropped, NONE). ``size``: its bytes; None: as before."""
         old = self._present(number)

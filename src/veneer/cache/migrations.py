@@ -44,7 +44,9 @@ _FIRST = (
         pin TEXT NOT NULL, basename TEXT NOT NULL, PRIMARY KEY (pin, basename)) WITHOUT ROWID""",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST,)
+_RETIRED = ("CREATE INDEX paths_retired ON paths (number) WHERE quarantined = 1",)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED)
 SCHEMA_VERSION = len(STEPS)
 
 

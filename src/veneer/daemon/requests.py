@@ -30,6 +30,8 @@ from .sessions import Session, Sessions
 OPEN_REQUESTS = 4096
 UNSENT = 64 << 20
 HELLO_SECONDS = 10.0
+RETIRED_TOLD = 1000
+"""Condemned path numbers that a new connection is told of, at most: a mount server may have missed the notice."""
 OPEN_VERBS = ("closure", "content", "report", "tree")
 """CONTROL verbs for everybody: no more than a mount server may ask."""
 
@@ -101,6 +103,8 @@ class RequestServer:
             return
         welcome = {"version": wire.VERSION, "generation": self._store.cache.generation.hex()}
         send(Frame(Kind.WELCOME, hello.id, json.dumps(welcome).encode()))
+        for number, path in self._store.cache.index.retired(RETIRED_TOLD):  # while it was away, or we were
+            send(Frame(Kind.QUARANTINED, 0, wire.quarantined_body(number, path.basename)))
         room = asyncio.Semaphore(OPEN_REQUESTS)
         tasks: set[asyncio.Task[None]] = set()
 

@@ -145,6 +145,7 @@ def test_replaced_path_gets_a_new_number_and_the_old_one_is_retired(index: Index
     assert retired is not None and retired.quarantined
     assert index.path_of(old.store_path, old.nar_hash) == new
     assert index.replace_path(old.number, 3.0) == new  # told twice, done once
+    assert index.retired(10) == [(old.number, old.store_path)]
 
 
 def test_numbers_are_durable_when_given_out(file: Path, index: Index) -> None:
