@@ -28,7 +28,7 @@ from . import access
 from .account import Account, Stories
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
-from .resolve import AbsentError, Candidate, Resolver
+from .resolve import AbsentError, Resolver
 from .verify import PIECE
 from .views import View
 
@@ -112,7 +112,7 @@ class Store:
     async def tree(self, view: View, number: int, account: Account) -> int:
         """Publish the tree of a known number again (its file was lost)."""
         row = self._row(number)
-        info = (await self._known(view, row.store_path, account)).info
+        info = await self._known(view, row, account)
         again = await self._published(view, info, account)
         if again.number != number:
             raise HashMismatchError(
@@ -194,20 +194,26 @@ class Store:
     def _candidates(self, view: View, path: StorePath, account: Account) -> Candidates:
         return lambda: self.resolver.candidates(view, path, account)
 
-    async def _known(self, view: View, path: StorePath, account: Account) -> Candidate:
-        """The best candidate for a path that was opened before: that it cannot be had any more is not its absence."""
+    async def _known(self, view: View, row: PathRow, account: Account) -> PathInfo:
+        """The path info of what was opened under ``row``. That nobody has it any more is not its absence.
+
+        The best source may say something else than when it was opened: another build of the path, or then it was away.
+        """
+        path = row.store_path
         try:
-            return await self.resolver.best(view, path, account)
+            async with aclosing(self.resolver.candidates(view, path, account)) as candidates:
+                async for candidate in candidates:
+                    if candidate.info.info.nar_hash == row.nar_hash:
+                        return candidate.info
         except AbsentError as error:
             raise SourceError(f"no source of this view has {path} any more", hint="veneer status") from error
+        raise HashMismatchError(
+            f"{path} has another NAR hash in this view's sources than when it was opened",
+            hint="open it again",
+        )
 
     async def _download(self, view: View, row: PathRow, account: Account) -> Download:
-        best = await self._known(view, row.store_path, account)
-        if best.info.info.nar_hash != row.nar_hash:
-            raise HashMismatchError(
-                f"{row.store_path} has another NAR hash in this view's sources than when it was opened",
-                hint="open it again",
-            )
+        await self._known(view, row, account)
         return self.fetcher.start(
             row,
             self._candidates(view, row.store_path, account),

@@ -418,3 +418,25 @@ def test_a_closure_larger_than_the_cache_is_never_fetched_ahead(
             await store.close()
 
     run(tmp_path, body)
+
+
+def test_what_was_opened_stays_readable_when_a_better_source_has_another_build_of_it(tmp_path: Path) -> None:
+    path, other = PATHS["leaf"], PATHS["text"]
+    better = copy_of("none", tmp_path / "better")
+    narinfo = better / f"{path.hash_part}.narinfo"
+    narinfo.unlink()
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(f"file://{better}?priority=1&trusted=true", url("none") + "?priority=2", ttl=10)
+        row = await bench.store.lookup(view, path, bench.account)
+        text = (better / f"{other.hash_part}.narinfo").read_text()
+        narinfo.write_text(
+            text.replace(other.basename, path.basename).replace(other.hash_part, path.hash_part)
+        )
+        bench.clock.now += 11
+        assert await bench.store.tree(view, row.number, bench.account) == row.number
+        assert (await bench.store.content(view, row.number, 0, 1, bench.account)).whole
+        assert bench.nar(row.number) == (GOLDEN / "leaf.nar").read_bytes()
+        assert (await bench.store.lookup(view, path, bench.account)).number != row.number
+
+    run(tmp_path, body)
