@@ -106,7 +106,7 @@ class Control:
 
         async def one(info: PathInfo) -> None:
             nonlocal done, moved
-            get = store.whole if contents else store.lookup
+            get = store.ahead if contents else store.lookup
             row = await get(view, info.store_path, account)
             done += 1
             moved += row.nar_size

@@ -37,6 +37,9 @@ T = TypeVar("T")
 PREFETCHED_LISTINGS = 64
 """Listings of a looked-up path's direct references that are fetched ahead, at most."""
 
+READERS_PLACES = 2
+"""Of ``Limits.parallel_downloads``, those that nothing but readers takes."""
+
 EAGER_DOWNLOADS = 4
 """Downloads at a time of what nobody has asked for yet; fewer than ``Limits.parallel_downloads``."""
 LISTINGS = "listing"
@@ -85,6 +88,7 @@ class Store:
         self._trees: dict[int, asyncio.Task[bool]] = {}
         self._background: dict[tuple[str, StorePath], asyncio.Task[None]] = {}
         self._ahead = asyncio.Semaphore(8)
+        self._places = asyncio.Semaphore(max(1, limits.parallel_downloads - READERS_PLACES))
         self._eager: dict[Account, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
@@ -145,6 +149,11 @@ class Store:
             self.cache.index.touch([(row.number, self._clock())])
             return row
         return self._row(await self._fetched(view, row, account, self.fetcher.whole))
+
+    async def ahead(self, view: View, path: StorePath, account: Account) -> PathRow:
+        """``whole`` for somebody who asks for many paths and reads none of them now: leaves places for readers."""
+        async with self._places:
+            return await self.whole(view, path, account)
 
     async def closure(
         self,
@@ -398,7 +407,7 @@ class Store:
 
         async def one(path: StorePath) -> None:
             async with places:
-                await self.whole(view, path, account)
+                await self.ahead(view, path, account)
 
         async with asyncio.TaskGroup() as group:
             for path in account.closure:

@@ -43,12 +43,12 @@ class Bench:
         self.dropped: list[int] = []
         self.condemned: list[tuple[int, StorePath]] = []
         self.present: list[StorePath] = []
-        notices = Notices(
+        self.notices = Notices(
             self.dropped.append,
             lambda number, path: self.condemned.append((number, path)),
             self.present.append,
         )
-        self.store = Store(cache, clock, notices, Limits(prefetch=False))
+        self.store = Store(cache, clock, self.notices, Limits(prefetch=False))
         self.account = Account()
         self.views: list[View] = []
 

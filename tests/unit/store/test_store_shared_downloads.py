@@ -14,6 +14,7 @@ from veneer.daemon.compose import build_view
 from veneer.model.errors import CacheFullError, HashMismatchError, SourceError
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.sources.base import Meter, unmetered
+from veneer.store.store import Limits, Store
 from veneer.store.views import View, ViewConfig
 
 LEAF = PATHS["leaf"]
@@ -169,5 +170,26 @@ def test_what_was_opened_and_no_source_has_any_more_is_an_error_and_not_absent(t
             await bench.store.content(nothing, row.number, 0, 1, bench.account)
         with pytest.raises(SourceError):
             await bench.store.tree(nothing, row.number, bench.account)
+
+    run(tmp_path, body)
+
+
+def test_a_reader_does_not_wait_behind_a_whole_closure_that_is_fetched(tmp_path: Path) -> None:
+    async def body(bench: Bench) -> None:
+        store = Store(bench.cache, bench.clock, bench.notices, Limits(parallel_downloads=3, prefetch=False))
+        view, other = bench.view(url("none")), bench.view(url("zstd"))
+        tap = Tap(view)
+        row = await store.lookup(other, LEAF, bench.account)
+        rest = [name for name in PATHS if name not in ("leaf", "bytes-name")]
+        fetching = [asyncio.create_task(store.ahead(view, PATHS[name], bench.account)) for name in rest]
+        try:
+            await tap.asked.wait()
+            assert (await store.content(other, row.number, 0, 1, bench.account)).whole
+            assert not any(task.done() for task in fetching)
+            tap.start.set()
+            tap.rest.set()
+            await asyncio.gather(*fetching)
+        finally:
+            await store.close()
 
     run(tmp_path, body)
