@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,15 @@ from tests.support.nix import RealNix, fetch_nix, missing_for_builds
 from tests.support.places import NoPlaceError
 from tests.support.sample import SampleStore, build_sample
 from tests.support.users import OtherUser, other_user
+
+
+def pytest_configure() -> None:
+    """A run in the background (``nohup``, a shell's ``&``) ignores signals, and all that tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
