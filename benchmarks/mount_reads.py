@@ -1,10 +1,13 @@
-"""Reading through the mount, against the same tree on the machine's own file system. Each figure is a ratio of one run.
+"""Reading through the mount, against the same tree on the machine's own file system, and against other FUSE servers.
 
-usage: ./dev bench mount_reads [--files N] [--rounds N] [--only NAME,NAME] [--no-overlay]
+::
 
-Columns: cold (kernel caches dropped, content in our cache) and warm, for the mount against the directory, and for
-overlayfs on the mount against overlayfs on the directory. Needs root, /dev/fuse, and a file system to write to in
-$TMPDIR; fio and rg are used when there. Medians over the rounds; variants alternate inside a round.
+    ./dev bench mount_reads [--files N] [--rounds N] [--only NAME,NAME] [--peers NAME,NAME] [--no-overlay]
+
+Two tables: the mount, and overlayfs on it. Rows are cold (kernel caches dropped, content in our cache) and warm.
+Peers are a minimal server in C and one on pyfuse3 (``peers/``); one that cannot be made here is left out, with the reason. Needs
+root, /dev/fuse, and a file system to write to in $TMPDIR; fio and rg are used when there. All variants take turns
+inside a round.
 """
 
 from __future__ import annotations
@@ -23,10 +26,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.support.stub_daemon import Mounted, Spec, mounted
+from benchmarks.support.peers import PEERS, NotHereError, served, write_manifest
+from benchmarks.support.results import Table
+from tests.support.stub_daemon import Spec, mounted, tree_of
+from veneer.formats.tree_index import nar_file
 from veneer.mount import device
 
 PACKAGE = "package"
+EXT4, OURS, OVERLAY = "ext4", "veneer", "overlay on "
+COLD, WARM = "cold", "warm"
+TARGETS = {COLD: (1.3, 1.3), WARM: (1.05, 1.1)}
+"""Of the mount and of the overlay on it, to ext4 and overlay on that."""
+TARGETS_CPU_BOUND = {COLD: (1.3, 1.3), WARM: (1.15, 1.25)}
+CPU_BOUND = ("rg", "python imports")
+SEQUENTIAL = "dd big file"
+"""Its target when warm is the C server."""
 
 
 def main() -> int:
@@ -41,17 +55,43 @@ def main() -> int:
         name = mount.daemon.add(PACKAGE, spec, whole=True)
         mount.daemon.contents.clear()
         mount.daemon.start()
-        bases = {"ext4": plain, "mount": mount.path(name)}
-        if not options.no_overlay:
-            bases["overlay on ext4"] = stack.enter_context(overlay(directory / "o1", plain.parent)) / PACKAGE
-            bases["overlay on mount"] = stack.enter_context(overlay(directory / "o2", mount.root)) / name
-        results = measure(
-            bases, works(options.only.split(",") if options.only else None, mount), options.rounds
+        bases = {EXT4: plain, OURS: mount.path(name)}
+        bases |= _peers(
+            stack,
+            options.peers.split(","),
+            directory,
+            spec,
+            mount.cache / nar_file(mount.daemon.numbers[name]),
         )
-        print_table(results, overlay=not options.no_overlay)
-        if options.json:
-            Path(options.json).write_text(json.dumps(results, indent=1))
+        if not options.no_overlay:
+            for number, (base, path) in enumerate(list(bases.items())):
+                merged = stack.enter_context(overlay(directory / f"o{number}", path.parent))
+                bases[OVERLAY + base] = merged / path.name
+        rows = works(options.only.split(",") if options.only else None)
+        results = measure(bases, rows, options.rounds)
+    for table in tables(results, list(bases)):
+        print(table.markdown())
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
     return 0
+
+
+def _peers(
+    stack: ExitStack, wanted: list[str], directory: Path, spec: Spec, content: Path
+) -> dict[str, Path]:
+    """The tree in each peer that can be had here."""
+    manifest = directory / "manifest"
+    write_manifest(manifest, tree_of(spec)[0], PACKAGE.encode())
+    trees = {}
+    for number, (name, command) in enumerate(PEERS.items()):
+        if name not in wanted:
+            continue
+        try:
+            root = served(command(), manifest, content, directory / f"peer{number}")
+            trees[name] = stack.enter_context(root) / PACKAGE
+        except NotHereError as error:
+            print(f"without {name}: {error}", file=sys.stderr)
+    return trees
 
 
 def _options() -> argparse.Namespace:
@@ -61,6 +101,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="")
+    parser.add_argument("--peers", default=",".join(PEERS), help="[%(default)s]")
     parser.add_argument("--no-overlay", action="store_true")
     parser.add_argument("--json", default="")
     return parser.parse_args()
@@ -114,7 +155,7 @@ def overlay(directory: Path, lower: Path) -> Iterator[Path]:
         device.umount(str(merged), detach=True)
 
 
-def works(only: list[str] | None, mount: Mounted) -> dict[str, str]:
+def works(only: list[str] | None) -> dict[str, str]:
     """Shell commands; $T is the tree. Each takes a fraction of a second warm."""
     rows = {
         "find": "find $T -size +1000000 >/dev/null",
@@ -124,7 +165,7 @@ def works(only: list[str] | None, mount: Mounted) -> dict[str, str]:
         "rg": "rg -c --no-ignore nothing-like-that $T/share >/dev/null; true",
         "fio 4k 1 job": _fio(1),
         "fio 4k 8 jobs": _fio(8),
-        "dd big file": "dd if=$T/lib/big of=/dev/null bs=1M status=none",
+        SEQUENTIAL: "dd if=$T/lib/big of=/dev/null bs=1M status=none",
         "python imports": (
             f"{sys.executable} -S -B -c \"import sys; sys.path.insert(0, '$T/lib/python'); "
             "[__import__(f'mod{i:03d}') for i in range(200)]\""
@@ -146,20 +187,23 @@ def _fio(jobs: int) -> str:
 
 
 def measure(bases: dict[str, Path], rows: dict[str, str], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """work -> "variant cold|warm" -> seconds of each round."""
+    """ "work, cold|warm" -> variant -> seconds of each round."""
     results: dict[str, dict[str, list[float]]] = {}
     for work, command in rows.items():
-        times = results[work] = {f"{base} {state}": [] for base in bases for state in ("cold", "warm")}
-        for _ in range(rounds):
-            for base, path in bases.items():
+        for state in (COLD, WARM):
+            results[f"{work}, {state}"] = {base: [] for base in bases}
+        for number in range(rounds):
+            for base in list(bases) if number % 2 == 0 else list(bases)[::-1]:
+                environment = {**os.environ, "T": str(bases[base])}
                 _drop_caches()
-                for state in ("cold", "warm"):
+                for state in (COLD, WARM):
                     started = time.perf_counter()
-                    subprocess.run(["sh", "-c", command], env={**os.environ, "T": str(path)}, check=True)
-                    times[f"{base} {state}"].append(time.perf_counter() - started)
-        print(
-            work, {key: round(statistics.median(values), 4) for key, values in times.items()}, file=sys.stderr
-        )
+                    subprocess.run(["sh", "-c", command], env=environment, check=True)
+                    results[f"{work}, {state}"][base].append(time.perf_counter() - started)
+        for state in (COLD, WARM):
+            times = results[f"{work}, {state}"]
+            medians = {base: round(statistics.median(values), 4) for base, values in times.items()}
+            print(f"{work}, {state}", medians, file=sys.stderr)
     return results
 
 
@@ -168,19 +212,23 @@ def _drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def print_table(results: dict[str, dict[str, list[float]]], *, overlay: bool) -> None:
-    pairs = [("mount", "ext4")] + ([("overlay on mount", "overlay on ext4")] if overlay else [])
-    print("| work | " + " | ".join(f"{a} / {b}, cold / warm" for a, b in pairs) + " |")
-    print("|---" * (1 + len(pairs)) + "|")
-    for work, times in results.items():
-        cells = []
-        for ours, theirs in pairs:
-            ratios = [
-                statistics.median(times[f"{ours} {state}"]) / statistics.median(times[f"{theirs} {state}"])
-                for state in ("cold", "warm")
-            ]
-            cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
-        print(f"| {work} | " + " | ".join(cells) + " |")
+def tables(results: dict[str, dict[str, list[float]]], bases: list[str]) -> list[Table]:
+    """One of the mounts, one of the overlays."""
+    direct = [base for base in bases if not base.startswith(OVERLAY)]
+    overlays = [base for base in bases if base.startswith(OVERLAY)]
+    made = [Table("Reading through the mount", direct)]
+    if overlays:
+        made.append(Table("Reading through an overlay on the mount", overlays))
+    for place, table in enumerate(made):
+        for row, times in results.items():
+            for base in table.columns:
+                for seconds in times[base]:
+                    table.add(row, base, seconds)
+            work, state = row.rsplit(", ", 1)
+            targets = TARGETS_CPU_BOUND if work in CPU_BOUND else TARGETS
+            if (work, state) != (SEQUENTIAL, WARM):
+                table.target(row, table.columns[1], targets[state][place])
+    return made
 
 
 if __name__ == "__main__":
