@@ -230,7 +230,24 @@ def test_wait_for_the_daemon_ends_with_an_error_and_a_story(tmp_path: Path) -> N
         assert isinstance(failures, list)
         assert name in failures[0]["where"]
         assert "no store daemon within 0.5 s" in failures[0]["why"]
-        assert "no answer from the store daemon" in failures[1]["why"]
+        assert "did not get on with it for 0.5 s" in failures[1]["why"]
+
+
+def test_signs_of_progress_keep_a_reader_waiting_beyond_the_limit(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    with mounted(tmp_path, miss_seconds=1.0) as mount:
+        name = mount.daemon.add("slow", {b"f": b"slow"})
+        mount.daemon.hold(name)
+        mount.daemon.start()
+        reading = pool.submit(read, mount.path(name) / "f")
+        mount.daemon.wait_for(Kind.LOOKUP)
+        for _ in range(12):
+            with pytest.raises(TimeoutError):
+                reading.result(0.25)
+            mount.daemon.sign()
+        mount.daemon.release()
+        assert reading.result(20) == b"slow"
 
 
 def test_daemons_refusal_reaches_the_reader_with_its_errno(mount: Mounted) -> None:

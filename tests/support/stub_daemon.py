@@ -156,6 +156,12 @@ class StubDaemon:
             for connection, frame in waiting:
                 self._reply(connection, frame)
 
+    def sign(self) -> None:
+        """Tells who waits for what is held that content is arriving."""
+        with self._lock:
+            for connection, frame in self._waiting:
+                connection.sendall(Frame(Kind.PROGRESS, frame.id, b"{}").encode())
+
     def wait_for(self, kind: Kind, count: int = 1, seconds: float = 20) -> None:
         """Until ``count`` requests of a kind have come since the start."""
         with self.changed:

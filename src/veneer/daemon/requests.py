@@ -30,6 +30,8 @@ from .sessions import Session, Sessions
 OPEN_REQUESTS = 4096
 UNSENT = 64 << 20
 HELLO_SECONDS = 10.0
+SIGN_SECONDS = 5.0
+"""Between signs of life for a waiting request; far below any sensible ``--patience``."""
 RETIRED_TOLD = 1000
 """Condemned path numbers that a new connection is told of, at most: a mount server may have missed the notice."""
 OPEN_VERBS = ("closure", "content", "report", "tree")
@@ -55,6 +57,7 @@ class RequestServer:
         default_view: ViewConfig,
         clock: Callable[[], float],
         connections_changed: Callable[[int], None],
+        sign_seconds: float = SIGN_SECONDS,
     ) -> None:
         self._store = store
         self._sessions = sessions
@@ -62,6 +65,7 @@ class RequestServer:
         self._default_view = default_view
         self._clock = clock
         self._changed = connections_changed
+        self._sign_seconds = sign_seconds
         self._open: set[asyncio.Task[None]] = set()
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -163,7 +167,10 @@ class RequestServer:
     async def _answer(self, session: Session, frame: Frame) -> None:
         """Answer one request; every failure becomes a FAILED with its story."""
         try:
-            reply = await self._reply(session, frame)
+            if frame.kind == Kind.CONTROL:
+                reply = await self._reply(session, frame)
+            else:
+                reply = await self._with_signs(session, frame)
         except AbsentError as absent:
             session.send(Frame(Kind.ABSENT, frame.id, wire.absent_body(int(absent.seconds * 1000))))
             return
@@ -177,6 +184,21 @@ class RequestServer:
             session.send(Frame(Kind.FAILED, frame.id, wire.failed_body(VeneerError.errno, story.text)))
             return
         session.send(reply)
+
+    async def _with_signs(self, session: Session, frame: Frame) -> Frame:
+        """The reply; meanwhile a PROGRESS every SIGN_SECONDS in which content arrived, so that nobody gives up on a big NAR."""
+        replying = asyncio.create_task(self._reply(session, frame))
+        moved = self._store.fetcher.moved
+        try:
+            while not (await asyncio.wait({replying}, timeout=self._sign_seconds))[0]:
+                if self._store.fetcher.moved != moved:
+                    moved = self._store.fetcher.moved
+                    session.send(Frame(Kind.PROGRESS, frame.id, json.dumps({"moved": moved}).encode()))
+        except asyncio.CancelledError:
+            replying.cancel()
+            await asyncio.wait({replying})
+            raise
+        return replying.result()
 
     async def _reply(self, session: Session, frame: Frame) -> Frame:
         store, view, account = self._store, session.view, session.account

@@ -14,6 +14,7 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | LOOKUP | store path base name | FOUND, ABSENT or FAILED |
 | TREE | u64 path number | READY (offsets 0, whole) or FAILED |
 | CONTENT | u64 path number, u64 offset, u64 size: bytes of the NAR | READY or FAILED |
+| | LOOKUP, TREE and CONTENT may have any number of PROGRESS before their reply: content is arriving | |
 | CANCEL | u64 id of a request no longer wanted | none; the request may still be answered |
 | TOUCHED | n x (u64 path number, u64 bytes read since the last report) | none |
 | CONTROL | JSON: {"do": verb, ...} | any number of PROGRESS, then RESULT or FAILED |

@@ -50,6 +50,8 @@ class Parked:
     unique: int
     request: bytearray
     since: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
+    """When it began to wait, or the daemon last said that it gets on: what the time limit counts from."""
     asked: dict[Kind, int] = field(default_factory=dict)
     """How often the daemon was asked for this one in particular."""
     key: Key = (Kind.LOOKUP, b"")
@@ -263,6 +265,8 @@ class Misses:
             self._contents.drop(request_wire.path_number(frame.body))
         elif frame.kind is Kind.QUARANTINED:
             self._quarantine(*request_wire.quarantined(frame.body))
+        elif frame.kind is Kind.PROGRESS:
+            self._heard(frame.id)
         elif frame.kind is Kind.FAILED and not self._welcome:
             self._refused(*request_wire.failed(frame.body))
         elif frame.kind in (Kind.FOUND, Kind.ABSENT, Kind.FAILED, Kind.READY):
@@ -297,6 +301,12 @@ class Misses:
         for parked in self._take(lambda _: True):
             self._fail(parked, code, f"the store daemon refused this mount: {story}")
         raise DaemonError(f"refused: {story}")
+
+    def _heard(self, request: int) -> None:
+        with self._lock:
+            ask = self._by_id.get(request)
+            for parked in ask.waiting if ask is not None else ():
+                parked.heard = time.monotonic()
 
     def _replied(self, frame: Frame) -> None:
         with self._lock:
@@ -363,9 +373,9 @@ class Misses:
         if not self._parked:
             return
         limit = time.monotonic() - self._seconds
-        for parked in self._take(lambda p: p.since <= limit):
+        for parked in self._take(lambda p: p.heard <= limit):
             if self._welcome:
-                why = f"no answer from the store daemon within {self._seconds:g} s"
+                why = f"the store daemon did not get on with it for {self._seconds:g} s"
             else:
                 why = f"no store daemon within {self._seconds:g} s ({self._last_failure})"
             self._fail(parked, errno.EIO, why)

@@ -103,6 +103,8 @@ class Fetcher:
         self._encode = encode
         self._admit = admit
         self._downloads: dict[int, Download] = {}
+        self.moved = 0
+        """Encoded bytes that arrived since the start: whether downloads get on."""
         self._slots = asyncio.Semaphore(parallel)
         self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="nar")
 
@@ -237,6 +239,7 @@ class Fetcher:
             try:
                 async with aclosing(candidate.source.nar(candidate.info.info, meter)) as chunks:
                     async for chunk in chunks:
+                        self.moved += len(chunk)
                         if not await pipe.put(chunk):
                             break
                 pipe.end()
