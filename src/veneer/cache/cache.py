@@ -198,7 +198,7 @@ class Cache:
         return [Evicted(step.number, step.store_path, step.size, step.tree) for step in steps]
 
     def begin_sync(self) -> SyncBatch:
-        """What a power loss may still empty (N4). About once a minute: ``end_sync(batch)`` after ``batch.run()``."""
+        """What a power loss may still empty (N4). Now and then: ``end_sync(batch)`` after ``batch.run()``."""
         self.index.flush()
         return SyncBatch(self.root, tuple(self.index.unsynced()))
 

@@ -235,5 +235,5 @@ def _top(store_dir: str) -> str:
 
 
 def describe(steps: Sequence[Step]) -> list[str]:
-    """One line per step, for ``--dry-run`` and error messages."""
+    """One line per step, for people."""
     return [str(step) for step in steps]

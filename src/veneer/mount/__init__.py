@@ -2,8 +2,9 @@
 
 How Linux behaves here, as far as the code depends on it:
 
-- A process that waits for our reply sleeps uninterruptibly once we have read its request (a fatal signal alone reaches us
-  as INTERRUPT). So every request is answered whatever happens, and a wait for the daemon has a time limit.
+- A process that waits for a page sleeps until we reply or a signal kills it; other signals have to wait. One that waits for
+  a LOOKUP is woken by any signal once we have answered its INTERRUPT. So every request is answered whatever happens, and
+  a wait for the daemon has a time limit.
 - OPEN and OPENDIR answered ENOSYS once are never asked again, and the kernel keeps pages and directory listings over
   opens. The same holds for GETXATTR, LISTXATTR, ACCESS, FLUSH, LSEEK and STATX.
 - READs of the read-ahead are "background" requests, of which the kernel sends ``max_background`` at most. Parked ones
