@@ -5,7 +5,7 @@
     index.sqlite     all rows; beside it -wal and -shm, and index.sqlite.damaged once SQLite found it broken
     trees/ nars/     published files, in 256 directories by the last two digits of the path number
     incoming/        files being written
-    quarantine/      the last few NARs whose bytes had been served before their hash turned out wrong
+    quarantine/      the last few NARs that turned out not to be the signed ones, for a look
 
 Modes: 0700, or 0755 where other users' mount servers may read (``shared``); incoming and quarantine always 0700, the
 index 0600. Only the owner of the directory may be its daemon: what it holds is believed without further checks.
