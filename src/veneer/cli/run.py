@@ -43,7 +43,7 @@ FIGURES_SECONDS = 5.0
     default=300.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long a read may wait for missing content before it fails.",
+    help="How long a read waits for missing content that does not get on before it fails.",
 )
 @quiet_option("No closing line.")
 @json_option("The closing figures, and errors, as JSON on stderr; stdout is the command's.")

@@ -30,7 +30,12 @@ def status(output: Output, flags: Flags) -> None:
     settings = load_settings(flags)
     with open_client(settings) as client:
         result = client.control("status")
-    document = {"sources": [{"url": s.url, "verify": s.verify} for s in settings.sources], **result}
+    from veneer.sources.options import without_secrets
+
+    document = {
+        "sources": [{"url": without_secrets(s.url), "verify": s.verify} for s in settings.sources],
+        **result,
+    }
     output.result(render(document), document)
 
 

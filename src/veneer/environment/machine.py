@@ -74,7 +74,7 @@ def explain(failure: StepError, *, in_user_namespace: bool, read: ReadSetting = 
                 f"overlayfs was refused: {error.strerror}",
                 where=step.target,
                 hint="the directory of environments must be on a file system like ext4, xfs, btrfs or tmpfs, "
-                "not on another overlay; choose one with --environments-dir",
+                "not on another overlay; choose one: environments-dir in the configuration",
             )
         case p.CutPropagation() if error.errno == errno.EINVAL:
             # What is mounted in here could appear outside, and cannot be kept from it.

@@ -336,7 +336,8 @@ class Misses:
     def _outcome(self, kind: Kind, key: int | bytes, frame: Frame) -> tuple[int, str | None]:
         """(errno, story of a failure) that an answer means, once what it tells is noted. FormatError, OSError."""
         if frame.kind is Kind.FAILED:
-            code, story = request_wire.failed(frame.body)
+            code, told = request_wire.failed(frame.body)
+            story = told.partition("\nhint: ")[0]
             if not 0 < code < 4096 or (code == errno.ENOENT and kind is not Kind.LOOKUP):
                 code = errno.EIO
             return code, story
