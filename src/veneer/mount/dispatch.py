@@ -297,7 +297,12 @@ class Worker:
         start += offset
         if nar is not None and (nar.whole or (nar.start <= start and start + size <= nar.end)):
             buffer = self._buffer
-            if _preadv(nar.fd, [buffer[16 : 16 + size]], start) == size:
+            into = buffer[16 : 16 + size]
+            try:
+                got = _preadv(nar.fd, [into], start, nar.flags)
+            except OSError as error:
+                got = nar.refused(error)
+            if got == size or nar.finish(into, start, got) == size:
                 _out_header_into(buffer, 0, 16 + size, 0, unique)
                 reads = self._reads.get(number)
                 if reads is None:

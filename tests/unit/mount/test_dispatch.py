@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +93,39 @@ def test_lookup_getattr_and_read_are_answered_from_the_files(kernel: Kernel) -> 
     assert kernel.ask(wire.READ, node, read_in(0, 8192)) == (0, b"x" * 5000)
     assert kernel.ask(wire.READ, node, read_in(4096, 4096)) == (0, b"x" * 904)
     assert kernel.ask(wire.READ, node, read_in(8192, 4096)) == (0, b"")
+
+
+def test_content_that_is_not_in_memory_is_waited_for(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, entry = kernel.ask(wire.LOOKUP, node_id(NUMBER, 0), b"readme\0")
+    node = wire.ENTRY_OUT.unpack(entry)[0]
+    nothing, part, unsupported = errno.EAGAIN, 0, errno.EOPNOTSUPP
+    flags_seen = []
+
+    def at_once(answer: int) -> Callable[[int, list[memoryview], int, int], int]:
+        def preadv(fd: int, into: list[memoryview], start: int, flags: int) -> int:
+            flags_seen.append(flags)
+            if answer and flags:
+                raise OSError(answer, os.strerror(answer))
+            return os.preadv(fd, [into[0][:1000]] if flags else into, start)
+
+        return preadv
+
+    for answer in (nothing, part, unsupported, nothing):
+        monkeypatch.setattr("veneer.mount.dispatch._preadv", at_once(answer))
+        assert kernel.ask(wire.READ, node, read_in(0, 8192)) == (0, b"x" * 5000)
+        assert kernel.ask(wire.READ, node, read_in(4096, 4096)) == (0, b"x" * 904)
+    # A file system that cannot read without waiting is asked once.
+    assert [bool(flags) for flags in flags_seen] == [True] * 5 + [False] * 3
+
+
+def test_read_error_of_the_cache_is_the_readers(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, entry = kernel.ask(wire.LOOKUP, node_id(NUMBER, 0), b"readme\0")
+
+    def broken(fd: int, into: list[memoryview], start: int, flags: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("veneer.mount.dispatch._preadv", broken)
+    assert kernel.ask(wire.READ, wire.ENTRY_OUT.unpack(entry)[0], read_in(0, 8192)) == (errno.EIO, b"")
 
 
 def test_absent_name_is_a_negative_entry_with_a_time(kernel: Kernel) -> None:
