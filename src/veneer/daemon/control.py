@@ -107,9 +107,9 @@ class Control:
         async def one(info: PathInfo) -> None:
             nonlocal done, moved
             get = store.ahead if contents else store.lookup
-            row = await get(view, info.store_path, account)
+            await get(view, info.store_path, account)
             done += 1
-            moved += row.nar_size
+            moved += info.info.nar_size
             progress({"paths_done": done, "paths": len(infos), "bytes_done": moved, "bytes": total})
 
         try:

@@ -55,7 +55,6 @@ class RequestServer:
         sessions: Sessions,
         control: Controller,
         default_view: ViewConfig,
-        clock: Callable[[], float],
         connections_changed: Callable[[int], None],
         sign_seconds: float = SIGN_SECONDS,
     ) -> None:
@@ -63,7 +62,6 @@ class RequestServer:
         self._sessions = sessions
         self._control = control
         self._default_view = default_view
-        self._clock = clock
         self._changed = connections_changed
         self._sign_seconds = sign_seconds
         self._open: set[asyncio.Task[None]] = set()
@@ -120,8 +118,7 @@ class RequestServer:
             while True:
                 frame = await _frame(reader)
                 if frame.kind == Kind.TOUCHED:
-                    now = self._clock()
-                    self._store.cache.index.touch((number, now) for number, _ in wire.touched(frame.body))
+                    self._store.touched(session.view, wire.touched(frame.body), session.account)
                     continue
                 if frame.kind == Kind.CANCEL:
                     continue  # the download stays for others; the answer is ignored by who cancelled

@@ -103,7 +103,6 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
         sessions,
         control,
         settings.default_view,
-        time.time,
         idle.connections if idle else lambda _: None,
     )
     workers.remove_stale()

@@ -221,7 +221,7 @@ class _Supervisor:
                     watched = self._watch_companion(poll) if self.companion.readable() else -1
                     continue
                 if fd == self.signals:
-                    self._on_signal(syscalls.read_signal(fd))
+                    self._pass_signals_on()
                     more = True
                 elif fd == channel:
                     message = keeper.channel.receive()
@@ -266,6 +266,10 @@ class _Supervisor:
             case "failed":
                 self.error = failure(message)
 
+    def _pass_signals_on(self) -> None:
+        while (info := syscalls.read_signal(self.signals)) is not None:
+            self._on_signal(info)
+
     def _on_signal(self, info: syscalls.SignalInfo) -> None:
         if self.command < 0:
             if info.number in _ENDING:
@@ -276,9 +280,20 @@ class _Supervisor:
                 signal.pidfd_send_signal(self.command, info.number)
 
     def _on_stop(self, number: int) -> None:
-        """The command stopped alone: stop too. Not when the job was stopped as a whole and goes on by now."""
-        if number in _STOPS and self._is_command_stopped():
-            os.kill(os.getpid(), signal.SIGTSTP)
+        """The command stopped alone: stop too. Not when the job was stopped as a whole and goes on by now.
+
+        A shell continues a job process by process, so that we may run before the command does: a SIGCONT that waits for us
+        is passed on first. SIGTSTP is held meanwhile, or a stop and a continuation of the job could lie between look and act.
+        """
+        if number not in _STOPS:
+            return
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
+        try:
+            self._pass_signals_on()
+            if self._is_command_stopped():
+                os.kill(os.getpid(), signal.SIGTSTP)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def _is_command_stopped(self) -> bool:
         with contextlib.suppress(OSError):

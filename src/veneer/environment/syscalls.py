@@ -37,6 +37,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _SFD_CLOEXEC: Final = os.O_CLOEXEC
+_SFD_NONBLOCK: Final = os.O_NONBLOCK
 _SIGINFO: Final = struct.Struct(
     "=IiiII"
 )  # the start of struct signalfd_siginfo: signo, errno, code, pid, uid
@@ -112,18 +113,22 @@ class SignalInfo:
 
 
 def signalfd(signals: Iterable[int]) -> int:
-    """A descriptor (close on exec) that becomes readable when one of these signals, which are blocked, waits."""
+    """A descriptor (close on exec, non-blocking) that becomes readable when one of these signals, which are blocked, waits."""
     mask = 0
     for number in signals:
         mask |= 1 << (number - 1)
-    fd: int = _libc.signalfd(-1, mask.to_bytes(_SIGSET_BYTES, sys.byteorder), _SFD_CLOEXEC)
+    fd: int = _libc.signalfd(-1, mask.to_bytes(_SIGSET_BYTES, sys.byteorder), _SFD_CLOEXEC | _SFD_NONBLOCK)
     _check(fd, "")
     return fd
 
 
-def read_signal(fd: int) -> SignalInfo:
-    """The next waiting signal of a ``signalfd``; blocks."""
-    number, _, code, sender, _ = _SIGINFO.unpack_from(os.read(fd, _SIGINFO_SIZE))
+def read_signal(fd: int) -> SignalInfo | None:
+    """The next waiting signal of a ``signalfd``; None when none waits."""
+    try:
+        info = os.read(fd, _SIGINFO_SIZE)
+    except BlockingIOError:
+        return None
+    number, _, code, sender, _ = _SIGINFO.unpack_from(info)
     return SignalInfo(number, code, sender)
 
 

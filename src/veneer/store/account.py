@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from veneer.model.errors import VeneerError, printable
 from veneer.model.store_path import StorePath
 
+from . import access
+
 
 @dataclass(slots=True)
 class PathCount:
@@ -28,22 +30,46 @@ class Account:
     paths: dict[StorePath, PathCount] = field(default_factory=dict)
     closure: dict[StorePath, int] = field(default_factory=dict)
     """Every path of the closures looked up, with its NAR size."""
-    asked: dict[StorePath, int] = field(default_factory=dict)
-    """Paths whose content was asked for, with their NAR sizes; the evidence of ``access``."""
-    asked_bytes: int = 0
     closure_bytes: int = 0
+    asked: dict[StorePath, int] = field(default_factory=dict)
+    """Paths whose content a reader wanted, with the bytes read of each as far as they are known."""
+    asked_bytes: int = 0
+    """Of whole NARs."""
+    scanned_paths: int = 0
+    scanned_bytes: int = 0
+    ahead: dict[StorePath, None] = field(default_factory=dict)
+    """Paths fetched unasked."""
+    ahead_bytes: int = 0
+    ahead_wants: int = 1
+    """The least ``access.allowance`` at which more would be fetched unasked."""
 
     def ask(self, path: StorePath, nar_size: int) -> None:
         """Note that the content of ``path`` was wanted by a reader."""
         if path not in self.asked:
-            self.asked[path] = nar_size
+            self.asked[path] = 0
             self.asked_bytes += nar_size
+
+    def read(self, path: StorePath, nar_size: int, size: int) -> None:
+        """Note that ``size`` bytes more of ``path`` were read; what is read twice counts twice."""
+        self.ask(path, nar_size)
+        before = self.asked[path]
+        self.asked[path] = before + size
+        if before < access.SCANNED * nar_size <= before + size:
+            self.scanned_paths += 1
+            self.scanned_bytes += nar_size
 
     def know(self, path: StorePath, nar_size: int) -> None:
         """Note a path of a closure that was looked up."""
         if path not in self.closure:
             self.closure[path] = nar_size
             self.closure_bytes += nar_size
+            self.ahead_wants = 1
+
+    @property
+    def evidence(self) -> access.Evidence:
+        return access.Evidence(
+            len(self.asked), self.asked_bytes, self.scanned_paths, self.scanned_bytes, self.closure_bytes
+        )
 
     def meter(self, path: StorePath) -> Callable[[int], None]:
         """A ``sources.base.Meter`` that books on ``path``; making it counts one request."""

@@ -24,8 +24,8 @@ from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
 
-from . import access
 from .account import Account, Stories
+from .ahead import Ahead
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
 from .resolve import AbsentError, Resolver
@@ -34,14 +34,9 @@ from .views import View
 
 T = TypeVar("T")
 
-PREFETCHED_LISTINGS = 64
-"""Listings of a looked-up path's direct references that are fetched ahead, at most."""
-
 READERS_PLACES = 2
 """Of ``Limits.parallel_downloads``, those that nothing but readers takes."""
 
-EAGER_DOWNLOADS = 4
-"""Downloads at a time of what nobody has asked for yet; fewer than ``Limits.parallel_downloads``."""
 LISTINGS = "listing"
 """In place of a source's URL in the quarantine: no listing of this path is believed, whoever has it."""
 LISTINGS_SECONDS = 10 * 365 * 86400.0
@@ -86,17 +81,14 @@ class Store:
             parallel=limits.parallel_downloads,
         )
         self._trees: dict[int, asyncio.Task[bool]] = {}
-        self._background: dict[tuple[str, StorePath], asyncio.Task[None]] = {}
-        self._ahead = asyncio.Semaphore(8)
+        self._ahead = Ahead(self, self.stories)
         self._places = asyncio.Semaphore(max(1, limits.parallel_downloads - READERS_PLACES))
-        self._eager: dict[Account, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """End everything under way."""
         tasks: list[asyncio.Task[bool] | asyncio.Task[None]] = [
             *self._trees.values(),
-            *self._background.values(),
-            *self._eager.values(),
+            *self._ahead.tasks,
         ]
         for task in tasks:
             task.cancel()
@@ -110,7 +102,7 @@ class Store:
         row = await self._published(view, info, account)
         account.know(path, info.info.nar_size)
         if self._limits.prefetch:
-            self._prefetch(view, info, account)
+            self._ahead.looked_up(view, info, account)
         return row
 
     async def tree(self, view: View, number: int, account: Account) -> int:
@@ -131,7 +123,7 @@ class Store:
         if self._is_whole(row):
             self.cache.index.touch([(number, self._clock())])
             return Ready(number, 0, row.nar_size, whole=True)
-        self._consider_rest(view, account)
+        self._evidence_changed(view, account)
         ready = await self._fetched(
             view, row, account, lambda download: self.fetcher.part(download, offset, size, view.deferred)
         )
@@ -140,6 +132,16 @@ class Store:
                 f"the listing of {row.store_path} was not that of its NAR", hint="open it again"
             )
         return ready
+
+    def touched(self, view: View, rows: Iterable[tuple[int, int]], account: Account) -> None:
+        """A mount server's word: (path number, bytes read since its last word) of what it has read without asking."""
+        now = self._clock()
+        for number, size in rows:
+            row = self.cache.index.path(number)
+            if row is not None:
+                self.cache.index.touch([(number, now)])
+                account.read(row.store_path, row.nar_size, size)
+        self._evidence_changed(view, account)
 
     async def whole(self, view: View, path: StorePath, account: Account) -> PathRow:
         """Have the whole NAR of ``path`` in the cache."""
@@ -150,10 +152,20 @@ class Store:
             return row
         return self._row(await self._fetched(view, row, account, self.fetcher.whole))
 
-    async def ahead(self, view: View, path: StorePath, account: Account) -> PathRow:
-        """``whole`` for somebody who asks for many paths and reads none of them now: leaves places for readers."""
+    async def ahead(self, view: View, path: StorePath, account: Account) -> bool:
+        """``whole`` for somebody who asks for many paths and reads none of them now: leaves places for readers.
+
+        False: it was here.
+        """
         async with self._places:
-            return await self.whole(view, path, account)
+            info = await self.resolver.path_info(view, path, account)
+            was_here = self._is_whole(self._row_of(info))
+            await self.whole(view, path, account)
+            return not was_here
+
+    async def listed(self, view: View, info: PathInfo, account: Account) -> bool:
+        """Whether the path's tree is published, after trying listings."""
+        return await self._listed(view, self._row_of(info), account)
 
     async def closure(
         self,
@@ -363,65 +375,6 @@ class Store:
         if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
             self.stories.add(f"tree {number:x}", error)
 
-    def _prefetch(self, view: View, info: PathInfo, account: Account) -> None:
-        """Ask ahead for the closure's narinfos and the direct references' listings: they are looked up next."""
-        key = (view.identity, info.store_path)
-        if key in self._background or not info.info.references:
-            return
-        task = asyncio.create_task(self._ahead_of(view, info, account), name=f"prefetch {info.store_path}")
-        self._background[key] = task
-        task.add_done_callback(lambda done: self._prefetched(key, done))
-
-    async def _ahead_of(self, view: View, info: PathInfo, account: Account) -> None:
-        references = [r for r in info.info.references if r != info.store_path and r not in account.closure]
-        if not references:
-            return
-        async with self._ahead:
-            found = await self.closure(view, references, account)
-        if len(references) > PREFETCHED_LISTINGS:
-            return
-        for reference in references:
-            async with self._ahead:
-                await self._listed(view, self._row_of(found[reference]), account)
-
-    def _consider_rest(self, view: View, account: Account) -> None:
-        """Fetch the rest of the session's closures in the background when ``access`` says so; one such task at a time."""
-        if not self._limits.prefetch or account in self._eager:
-            return
-        limit = self.cache.max_bytes
-        if limit is not None and account.closure_bytes > limit:
-            return  # it would push out what is read, and be fetched again, for ever
-        if not access.wants_rest(
-            asked_paths=len(account.asked),
-            asked_bytes=account.asked_bytes,
-            closure_bytes=account.closure_bytes,
-        ):
-            return
-        task = asyncio.create_task(self._rest(view, account), name="rest of the closure")
-        self._eager[account] = task
-        task.add_done_callback(lambda done: self._rest_done(account, done))
-
-    async def _rest(self, view: View, account: Account) -> None:
-        """Every path of the closures that is not here, EAGER_DOWNLOADS at a time; readers' downloads go beside them."""
-        places = asyncio.Semaphore(EAGER_DOWNLOADS)
-
-        async def one(path: StorePath) -> None:
-            async with places:
-                await self.ahead(view, path, account)
-
-        async with asyncio.TaskGroup() as group:
-            for path in account.closure:
-                if path not in account.asked:
-                    group.create_task(one(path))
-
-    def _rest_done(self, account: Account, task: asyncio.Task[None]) -> None:
-        del self._eager[account]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            failure = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
-            if isinstance(failure, Exception):
-                self.stories.add("rest of the closure", failure)
-
-    def _prefetched(self, key: tuple[str, StorePath], task: asyncio.Task[None]) -> None:
-        del self._background[key]
-        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
-            self.stories.add(str(key[1]), error)
+    def _evidence_changed(self, view: View, account: Account) -> None:
+        if self._limits.prefetch:
+            self._ahead.wanted(view, account, self.cache.max_bytes)

@@ -29,7 +29,7 @@ def test_a_number_condemned_while_nobody_was_connected_is_told_after_the_welcome
             sessions = Sessions(lambda config: build_view(config, cache, clock))
             notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
             store = Store(cache, clock, notices, Limits())
-            server = RequestServer(store, sessions, no_control, ViewConfig(), clock, lambda _: None)
+            server = RequestServer(store, sessions, no_control, ViewConfig(), lambda _: None)
             listener = await asyncio.start_unix_server(server.connected, tmp_path / "socket")
             try:
                 reader, writer = await asyncio.open_unix_connection(tmp_path / "socket")

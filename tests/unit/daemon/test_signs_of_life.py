@@ -23,7 +23,7 @@ def frames_while(tmp_path: Path, moves: bool) -> list[Kind]:
         sent: list[Kind] = []
         store = Store(cache, clock, Notices(lambda n: None, lambda n, p: None, lambda p: None), Limits())
         sessions = Sessions(lambda config: None)  # type: ignore[arg-type,return-value]
-        server = RequestServer(store, sessions, None, ViewConfig(), clock, lambda n: None, 0.01)  # type: ignore[arg-type]
+        server = RequestServer(store, sessions, None, ViewConfig(), lambda n: None, 0.01)  # type: ignore[arg-type]
         for_ever = asyncio.Event()
 
         async def stuck(session: Session, frame: Frame) -> Frame:

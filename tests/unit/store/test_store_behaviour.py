@@ -372,7 +372,7 @@ def test_a_session_that_asks_for_most_of_a_closure_gets_the_rest_unasked(
             row = await store.lookup(view, PATHS["outputs.dev"], bench.account)
             await store.content(view, row.number, 0, 1, bench.account)
             while bench.cache.index.totals().nars < len(closure):
-                rest = [task for task in asyncio.all_tasks() if task.get_name() == "rest of the closure"]
+                rest = [task for task in asyncio.all_tasks() if task.get_name() == "content ahead"]
                 assert rest, "nobody fetches the rest"
                 await asyncio.wait(rest)
         finally:
@@ -413,7 +413,7 @@ def test_a_closure_larger_than_the_cache_is_never_fetched_ahead(
             bench.cache.max_bytes = bench.account.closure_bytes - 1
             row = await store.lookup(view, PATHS["outputs.dev"], bench.account)
             await store.content(view, row.number, 0, 1, bench.account)
-            assert "rest of the closure" not in {task.get_name() for task in asyncio.all_tasks()}
+            assert "content ahead" not in {task.get_name() for task in asyncio.all_tasks()}
         finally:
             await store.close()
 
