@@ -32,6 +32,8 @@ LOG_NAME = "daemon.log"
 ANSWER_SECONDS = 10.0
 """How long a daemon that listens may take to answer HELLO."""
 _CHUNK = 1 << 16
+_UNHEARD = 0xFFFF_FFFF
+"""The id of requests whose answers are dropped."""
 _BY_EXIT_CODE: dict[int, type[VeneerError]] = {
     kind.exit_code: kind
     for kind in (UsageError, TrustError, SourceError, MachineError, CacheError, DaemonError)
@@ -83,6 +85,10 @@ class Client:
         self._send(Kind.CONTROL, json.dumps({"do": verb, **(arguments or {})}).encode())
         return _document(self._answer((Kind.RESULT,), progress).body)
 
+    def tell(self, verb: str, arguments: Mapping[str, object]) -> None:
+        """Ask for ``verb`` without waiting: not even for the daemon to be up. Nobody hears its answer."""
+        self._send(Kind.CONTROL, json.dumps({"do": verb, **arguments}).encode(), request=_UNHEARD)
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -90,7 +96,7 @@ class Client:
         """Take in what has arrived unasked (notices, the answer to HELLO), without blocking. False: the daemon is gone."""
         try:
             data = self._socket.recv(_CHUNK, socket.MSG_DONTWAIT)
-            self._frames += [frame for frame in self._splitter.feed(data) if frame.id]
+            self._frames += [frame for frame in self._splitter.feed(data) if frame.id not in (0, _UNHEARD)]
         except BlockingIOError:
             return True
         except (OSError, FormatError):
@@ -108,9 +114,9 @@ class Client:
     ) -> None:
         self.close()
 
-    def _send(self, kind: Kind, body: bytes) -> None:
+    def _send(self, kind: Kind, body: bytes, request: int | None = None) -> None:
         try:
-            self._socket.sendall(Frame(kind, self._last, body).encode())
+            self._socket.sendall(Frame(kind, self._last if request is None else request, body).encode())
         except BrokenPipeError:
             pass  # the daemon left; what it said before it did can still be read
         except OSError as error:

@@ -18,9 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.cli.client import LOG_NAME, Client, connect
+from veneer.cli.client import ANSWER_SECONDS, LOG_NAME, Client, connect
 from veneer.cli.config import Settings
 from veneer.cli.output import Output
+from veneer.daemon.listening import DEFAULT_NAME, DIRECTORY, listen
 from veneer.model.errors import CacheError, DaemonError, VeneerError
 
 START_SECONDS = 20.0
@@ -63,7 +64,10 @@ class WatchedDaemon:
     RESTARTS within RESTART_SECONDS.
     """
 
-    def __init__(self, settings: Settings, session: str, output: Output) -> None:
+    def __init__(self, settings: Settings, session: str, output: Output, *, nix: bool = False) -> None:
+        """``nix``: have a socket on which Nix may ask, ``nix_socket``."""
+        self._nix = nix
+        self._listening: socket.socket | None = None
         self._settings = settings
         self._session = session
         self._output = output
@@ -81,14 +85,32 @@ class WatchedDaemon:
 
     def close(self) -> None:
         self.client.close()
+        if self._listening is not None:
+            self._listening.close()
+        if self._nix and not self._settings.borrowed:
+            self.nix_socket.unlink(missing_ok=True)
+
+    @property
+    def nix_socket(self) -> Path:
+        """Where Nix asks. It takes connections before the daemon is up, which answers them then."""
+        if self._settings.borrowed:
+            return self._settings.cache_dir / DEFAULT_NAME
+        return self._settings.cache_dir / DIRECTORY / f"{self._session}.sock"
 
     def _begin(self) -> Client:
         self._starts.append(time.monotonic())
         client = connect(self._settings.cache_dir, self._settings.view(self._session))
         if client is not None:
             self._private = None
+            if self._nix and not self._settings.borrowed:
+                client.control("nix-socket", {"name": self._session}, seconds=ANSWER_SECONDS)
             return client
-        self._private = start(self._settings, self._session)
+        if self._nix and self._listening is None:
+            self.nix_socket.parent.mkdir(mode=0o700, exist_ok=True)
+            self._listening = listen(self.nix_socket, shared=False)
+        self._private = start(self._settings, self._session, self._listening)
+        if self._nix:
+            self._private.client.tell("nix-socket", {"name": self._session})
         return self._private.client
 
     def _succeed(self) -> bool:
@@ -118,8 +140,11 @@ class WatchedDaemon:
         return True
 
 
-def start(settings: Settings, session: str = "") -> PrivateDaemon:
-    """Start a private daemon for the settings' cache directory; returns at once."""
+def start(settings: Settings, session: str = "", nix_socket: socket.socket | None = None) -> PrivateDaemon:
+    """Start a private daemon for the settings' cache directory; returns at once.
+
+    ``nix_socket``: listens; what Nix asks there is answered when the session asks for a worker socket of its own name.
+    """
     make_cache_dir(settings.cache_dir)
     log = settings.cache_dir / LOG_NAME
     try:
@@ -133,11 +158,14 @@ def start(settings: Settings, session: str = "") -> PrivateDaemon:
             os.ftruncate(log_fd, 0)
             size = 0
         process = subprocess.Popen(
-            daemon_command(settings, client_fd=theirs.fileno()),
+            [
+                *daemon_command(settings, client_fd=theirs.fileno()),
+                *([] if nix_socket is None else ["--nix-socket", f"{session}={nix_socket.fileno()}"]),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log_fd,
             stderr=log_fd,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), *(() if nix_socket is None else (nix_socket.fileno(),))),
             start_new_session=True,  # Ctrl-C is for the user's command
             cwd="/",
         )

@@ -45,6 +45,12 @@ FIGURES_SECONDS = 5.0
     metavar="SECONDS",
     help="How long a read waits for missing content that does not get on before it fails.",
 )
+@click.option(
+    "--nix/--no-nix",
+    default=True,
+    show_default=True,
+    help="Have Nix inside use the merged store, with a database of the environment's own (NIX_CONFIG, NIX_STATE_DIR).",
+)
 @quiet_option("No closing line.")
 @json_option("The closing figures, and errors, as JSON on stderr; stdout is the command's.")
 @click.pass_obj
@@ -55,6 +61,7 @@ def run(
     name: str | None,
     report: str | None,
     patience: float,
+    nix: bool,
 ) -> int:
     """Run a command with the whole of your binary caches under /nix/store.
 
@@ -72,7 +79,7 @@ def run(
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
     began = time.monotonic()
-    with contextlib.closing(WatchedDaemon(settings, session, output)) as daemon:
+    with contextlib.closing(WatchedDaemon(settings, session, output, nix=nix)) as daemon:
         from veneer import environment  # while the daemon starts
 
         outcome = environment.run(
@@ -85,6 +92,7 @@ def run(
                 environ=os.environ,
                 cwd=str(Path.cwd()),
                 name=name,
+                nix_socket=daemon.nix_socket if nix else None,
             ),
             warn=output.warning,
             companion=daemon,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def main() -> int:
     parser.add_argument("--ready-fd", type=int, help="a byte is written here when clients may connect")
     parser.add_argument(
         "--client-fd", type=int, help="a connected socket whose other end is the first client"
+    )
+    parser.add_argument(
+        "--nix-socket",
+        action="append",
+        default=[],
+        type=_inherited_socket,
+        metavar="NAME=FD",
+        help="a listening worker socket, for the session that asks for this name",
     )
     parser.add_argument("--parallel-requests", type=int, default=defaults.parallel_requests)
     parser.add_argument("--parallel-downloads", type=int, default=defaults.parallel_downloads)
@@ -60,12 +69,20 @@ def main() -> int:
                 ready,
                 args.client_fd,
                 args.answer_seconds,
+                dict(args.nix_socket),
             )
         )
     except VeneerError as error:
         print(f"veneer daemon: {error}", file=sys.stderr)  # noqa: T201 - a program's face
         return error.exit_code
     return 0
+
+
+def _inherited_socket(text: str) -> tuple[str, socket.socket]:
+    name, _, descriptor = text.partition("=")
+    inherited = socket.socket(fileno=int(descriptor))
+    inherited.setblocking(False)
+    return name, inherited
 
 
 if __name__ == "__main__":

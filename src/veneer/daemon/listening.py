@@ -7,6 +7,11 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+DEFAULT_NAME = "nix.sock"
+"""The worker socket of a daemon's default view, in the cache directory."""
+DIRECTORY = "nix"
+"""Of the sessions' worker sockets."""
+
 
 def answers(path: Path) -> bool:
     """Whether somebody listens on the socket."""

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,10 @@ from veneer.store.views import ViewConfig
 
 from .compose import build_store, build_view, open_cache
 from .control import Control
-from .listening import answers, listen
+from .listening import DEFAULT_NAME, answers, listen
 from .requests import RequestServer
 from .sessions import Sessions
-from .worker import ANSWER_SECONDS, DEFAULT_NAME, WorkerSockets
+from .worker import ANSWER_SECONDS, WorkerSockets
 
 IDLE_SECONDS = 0.2
 """How long a private daemon outlives its last client: enough for a client that reconnects."""
@@ -51,6 +51,8 @@ class DaemonSettings:
     """A connected socket that came with the process: its starter is a client from the first moment."""
     answer_seconds: float = ANSWER_SECONDS
     """How long Nix waits for the answer about one path before it gets an error."""
+    nix_sockets: Mapping[str, socket.socket] = field(default_factory=dict)
+    """Worker sockets that came with the process, by name: they listen already."""
 
 
 def run_daemon(settings: DaemonSettings) -> bool:
@@ -95,6 +97,7 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
         shared=settings.shared,
         parallel=settings.limits.parallel_requests if settings.limits.prefetch else 0,
         answer_seconds=settings.answer_seconds,
+        inherited=settings.nix_sockets,
     )
     control = Control(store, sessions, workers, time.time, stop.set)
     idle = _IdleEnd(loop, stop.set) if settings.private else None

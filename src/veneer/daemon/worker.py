@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -25,14 +27,12 @@ from veneer.model.errors import DaemonError, FormatError, UsageError, VeneerErro
 from veneer.store.store import Store
 from veneer.store.views import View
 
-from .listening import listen
+from .listening import DEFAULT_NAME, DIRECTORY, answers, listen
 from .sessions import Session, Sessions
 from .worker_answers import Answers
 from .worker_paths import KnownPaths, NoAnswerError
 
 ANSWER_SECONDS = 30.0
-DEFAULT_NAME = "nix.sock"
-DIRECTORY = "nix"
 CONNECTIONS = 256
 GREETING_SECONDS = 10.0
 LINGER_SECONDS = 5.0
@@ -54,7 +54,9 @@ class WorkerSockets:
         shared: bool,
         parallel: int,
         answer_seconds: float = ANSWER_SECONDS,
+        inherited: Mapping[str, socket.socket] | None = None,
     ) -> None:
+        """``inherited``: sockets by name that listen already, from before we were up; Nix may be waiting there."""
         self._store = store
         self._sessions = sessions
         self._shared = shared
@@ -63,6 +65,7 @@ class WorkerSockets:
         self._root = store.cache.root
         self._sockets: dict[Path, WorkerSocket] = {}
         self._known: dict[str, KnownPaths] = {}
+        self._inherited: dict[str, socket.socket] = dict(inherited or {})
         self._opening = asyncio.Lock()
 
     async def open(self, session: Session, name: str) -> Path:
@@ -78,14 +81,17 @@ class WorkerSockets:
         return await self._open(session, self._root / DEFAULT_NAME)
 
     def remove_stale(self) -> None:
-        """Remove what a killed daemon left; the cache's lock is ours."""
+        """Remove what a killed daemon left; the cache's lock is ours. One that listens waits for a daemon."""
         for path in (self._root / DEFAULT_NAME, *(self._root / DIRECTORY).glob("*.sock")):
-            path.unlink(missing_ok=True)
+            if not answers(path):
+                path.unlink(missing_ok=True)
 
     async def close(self) -> None:
-        for socket in list(self._sockets.values()):
-            socket.close()
+        for open_ in list(self._sockets.values()):
+            open_.close()
         self._sockets.clear()
+        for unused in self._inherited.values():
+            unused.close()
         while self._known:
             await self._known.popitem()[1].close()
 
@@ -100,19 +106,20 @@ class WorkerSockets:
                 raise DaemonError(f"another session has the socket {path.name}", hint="choose another name")
             return path
         answers = Answers(self._store, await self._known_of(session.view), session.account, self._seconds)
-        socket = WorkerSocket(self._store, session, answers, path)
-        await socket.start(shared=self._shared)
+        made = WorkerSocket(self._store, session, answers, path)
+        listening = self._inherited.pop(path.stem, None)
+        await made.start(listen(path, self._shared) if listening is None else listening)
         if session not in self._sessions.connected:  # it left while we were at it
-            socket.close()
+            made.close()
             return path
-        self._sockets[path] = socket
+        self._sockets[path] = made
         session.on_leave.append(lambda: self._close(path))
         return path
 
     def _close(self, path: Path) -> None:
-        socket = self._sockets.pop(path, None)
-        if socket is not None:
-            socket.close()
+        closed = self._sockets.pop(path, None)
+        if closed is not None:
+            closed.close()
 
     async def _known_of(self, view: View) -> KnownPaths:
         """What is known of the view; of views without a socket the last few are kept."""
@@ -123,7 +130,7 @@ class WorkerSockets:
         if known is None:
             known = KnownPaths(self._store.resolver, view, self._sessions.present, parallel=self._parallel)
         self._known[view.identity] = known
-        in_use = {socket.session.view.identity for socket in self._sockets.values()} | {view.identity}
+        in_use = {open_.session.view.identity for open_ in self._sockets.values()} | {view.identity}
         idle = [identity for identity in self._known if identity not in in_use]
         for identity in idle[: max(0, len(idle) - VIEWS_KEPT)]:
             await self._known.pop(identity).close()
@@ -141,8 +148,8 @@ class WorkerSocket:
         self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
 
-    async def start(self, *, shared: bool) -> None:
-        sock = listen(self.path, shared)
+    async def start(self, sock: socket.socket) -> None:
+        """Serve on ``sock``, which listens."""
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: _Connection(self), sock=sock
         )

@@ -68,6 +68,13 @@ class Executor:
             case p.MakeFile(path):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
                 self._undo.append(Path(path).unlink)
+            case p.MakeScript(path, text):
+                Path(path).write_text(text, "utf-8")
+                self._undo.append(Path(path).unlink)
+                Path(path).chmod(0o555)
+            case p.MakeFifo(path):
+                os.mkfifo(path, 0o600)
+                self._undo.append(Path(path).unlink)
             case p.MakeLink(path, target):
                 Path(path).symlink_to(target)
                 self._undo.append(Path(path).unlink)

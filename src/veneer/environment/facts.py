@@ -17,6 +17,8 @@ PRIVATE = ".veneer"
 _STAGING = ("tmp", "run", "mnt", "var", "usr", "etc")
 _WHOLE_UID_MAP = "0 0 4294967295"
 
+BUILD_GROUP = "nixbld"
+
 Kind = Literal["directory", "link", "file"]
 
 
@@ -40,7 +42,8 @@ class HostFacts:
     ``nearest``: the deepest ancestor of the store directory that exists.
     ``environment``: the directory that holds ``upper`` and ``work``, links resolved; None: keep them in memory.
     ``needs_user_namespace``: we have no right to mount. ``restricted_overlay``: the overlay belongs to a user namespace
-    that is not the machine's first, so it must keep its marks in user.* attributes.
+    that is not the machine's first, so it must keep its marks in user.* attributes. ``has_build_group``: the users exist
+    as which Nix builds when root asks.
     """
 
     root: tuple[Entry, ...]
@@ -53,6 +56,7 @@ class HostFacts:
     environment: str | None
     needs_user_namespace: bool
     restricted_overlay: bool
+    has_build_group: bool
 
 
 def read_facts(store_dir: str, environment: str | None) -> HostFacts:
@@ -81,7 +85,17 @@ def read_facts(store_dir: str, environment: str | None) -> HostFacts:
         environment=None if environment is None else os.path.realpath(environment),
         needs_user_namespace=needs_user_namespace,
         restricted_overlay=needs_user_namespace or not in_first_user_namespace(),
+        has_build_group=_has_group(BUILD_GROUP),
     )
+
+
+def _has_group(name: str) -> bool:
+    """Whether /etc/group has it; the name services of the machine are not asked, because that may take seconds."""
+    try:
+        with open("/etc/group", "rb") as file:
+            return any(line.startswith(name.encode() + b":") for line in file)
+    except OSError:
+        return False
 
 
 def in_first_user_namespace() -> bool:

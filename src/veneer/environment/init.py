@@ -62,6 +62,8 @@ def run_init(task: InitTask) -> NoReturn:
         server = _build(task)
         command = _start_command(task)
         threading.Thread(target=_renew_absences, args=(task,), name="absences", daemon=True).start()
+        if task.spec.nix_socket is not None:
+            threading.Thread(target=_remount_on_request, args=(task,), name="remounts", daemon=True).start()
         code = os.waitstatus_to_exitcode(_wait_for_command(task.channel, command, server.pid))
         _kill_others(server.pid)
         _stop(server.pid)
@@ -186,20 +188,40 @@ def _renew_absences(task: InitTask) -> None:
     A thread of its own, for ever. Signals that come while it waits become one, and have the next turn.
     """
     seconds = float((task.spec.view or {}).get("negative_ttl", ABSENCE_SECONDS)) + ABSENCE_MARGIN
-    target = task.spec.store_dir
     pause = threading.Event()
     while True:
         signal.sigwait([serving.ABSENCE])
         pause.wait(seconds)
         try:
-            flags = os.statvfs(target).f_flag & (
-                syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-            )
-            syscalls.mount("overlay", target, "overlay", syscalls.MS_REMOUNT | flags)
+            _remount(task.spec.store_dir)
         except OSError as error:
             text = f"store paths that were absent stay so: the overlay cannot be remounted ({error.strerror})"
             task.channel.send("warning", text=text)
             return
+
+
+def _remount_on_request(task: InitTask) -> None:
+    """Do what the remount hook asks for. Each end of a pipe waits for the other, so its return means that it was done.
+
+    A thread of its own, for ever. Nix calls the hook when it has removed from the upper layer what is also below.
+    """
+    while True:
+        with open(p.REMOUNT_ASK, "rb") as asked:
+            asked.read()
+        try:
+            _remount(task.spec.store_dir)
+        except OSError as error:
+            task.channel.send("warning", text=f"the overlay cannot be remounted ({error.strerror})")
+        with open(p.REMOUNT_DONE, "wb"):
+            pass
+
+
+def _remount(store_dir: str) -> None:
+    """Let the overlay forget what it knows of its layers. OSError."""
+    flags = os.statvfs(store_dir).f_flag & (
+        syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+    )
+    syscalls.mount("overlay", store_dir, "overlay", syscalls.MS_REMOUNT | flags)
 
 
 def _wait_for_command(channel: Channel, command: int, server: int) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 
 from veneer.environment.facts import PRIVATE, Entry, HostFacts
 from veneer.environment.spec import RunSpec
@@ -33,6 +33,18 @@ HOST_STORE = f"{VENEER}/host-store"
 ENVIRONMENT = f"{VENEER}/environment"
 UPPER = f"{ENVIRONMENT}/upper"
 WORK = f"{ENVIRONMENT}/work"
+STATE = f"{ENVIRONMENT}/var"
+"""Of programs that keep one for each store: Nix's database."""
+NIX_SOCKETS = f"{VENEER}/nix"
+REMOUNT = f"{VENEER}/remount"
+REMOUNT_HOOK = f"{REMOUNT}/hook"
+REMOUNT_ASK = f"{REMOUNT}/ask"
+REMOUNT_DONE = f"{REMOUNT}/done"
+_HOOK = f"""\
+#!/bin/sh
+# Has the merged store looked at anew, which only the environment's init may do.
+: > {REMOUNT_ASK} && : < {REMOUNT_DONE}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,19 @@ class MakeDir:
 class MakeFile:
     """An empty file, to bind another one on."""
 
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class MakeScript:
+    """An executable file with ``text``."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MakeFifo:
     path: str
 
 
@@ -129,6 +154,8 @@ Step = (
     | MountMemory
     | MakeDir
     | MakeFile
+    | MakeScript
+    | MakeFifo
     | MakeLink
     | EnterRoot
     | Bind
@@ -147,7 +174,7 @@ def plan(facts: HostFacts, spec: RunSpec) -> list[Step]:
 
 def memory_layers() -> list[Step]:
     """Writable layers in memory, instead of ones in a directory."""
-    return [MountMemory(ENVIRONMENT), MakeDir(UPPER), MakeDir(WORK)]
+    return [MountMemory(ENVIRONMENT), MakeDir(UPPER), MakeDir(WORK), MakeDir(STATE)]
 
 
 def _steps(facts: HostFacts, spec: RunSpec) -> Iterator[Step]:
@@ -172,8 +199,20 @@ def _steps(facts: HostFacts, spec: RunSpec) -> Iterator[Step]:
     yield from _make_dirs(LOWER_ROOT, spec.store_dir)
     yield MountLower(lowers[0])
     yield MountOverlay(spec.store_dir, tuple(lowers), UPPER, WORK, facts.restricted_overlay)
+    if spec.nix_socket is not None:
+        yield from _for_nix(spec.nix_socket)
     yield Detach(HOST)
     yield MakeReadOnly("/")
+
+
+def _for_nix(socket: PurePath) -> Iterator[Step]:
+    """The worker socket, by its directory: a daemon that is started again makes it anew. And the remount hook."""
+    yield MakeDir(NIX_SOCKETS)
+    yield Bind(HOST + str(socket.parent), NIX_SOCKETS)
+    yield MakeDir(REMOUNT)
+    yield MakeFifo(REMOUNT_ASK)
+    yield MakeFifo(REMOUNT_DONE)
+    yield MakeScript(REMOUNT_HOOK, _HOOK)
 
 
 def _host_root(facts: HostFacts, store_dir: str) -> Iterator[Step]:

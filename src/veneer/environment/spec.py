@@ -19,11 +19,12 @@ TEMPORARY_PREFIX = "tmp-"
 class RunSpec:
     """One command in one environment.
 
-    ``command``: program and arguments, as for execvp. ``cache_root``: the cache directory, with a daemon listening in it.
+    ``command``: program and arguments, as for execvp; of a named environment it may be empty: then the environment just stays. ``cache_root``: the cache directory, with a daemon listening in it.
     ``view``: what the mount server brings in HELLO (None: the daemon's default). ``store_dir``: where the merged store
     appears. ``name``: of the writable layer that is kept; None for one that vanishes. ``environments_root``: the directory
     of writable layers. ``miss_seconds``: how long a read may wait for the daemon. ``map_root``: the command sees itself as
-    root when a user namespace is needed. ``environ``, ``cwd``: the command's own.
+    root when a user namespace is needed. ``environ``, ``cwd``: the command's own. ``nix_socket``: where the daemon answers Nix
+    about this view; None: Nix is left alone.
     """
 
     command: tuple[str, ...]
@@ -36,9 +37,10 @@ class RunSpec:
     store_dir: str = "/nix/store"
     name: str | None = None
     map_root: bool = False
+    nix_socket: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.command:
+        if not self.command and self.name is None:
             raise UsageError("no command to run")
         check_store_dir(self.store_dir)
         if self.name is not None:

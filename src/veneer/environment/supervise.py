@@ -34,6 +34,7 @@ from veneer.environment import machine, namespace, serving, syscalls, upper
 from veneer.environment.channel import Channel, Message, failure
 from veneer.environment.facts import HostFacts, read_facts
 from veneer.environment.init import OUR_FAULT, InitTask, run_init
+from veneer.environment.nix import settings
 from veneer.environment.plan import Step, plan
 from veneer.environment.spec import RunOutcome, RunSpec
 from veneer.model.errors import CacheError, VeneerError
@@ -86,8 +87,9 @@ def run(
         layer = _take_layer(spec, tell)
         try:
             facts = read_facts(spec.store_dir, os.fspath(layer.directory) if layer else None)
+            spec = _with_nix(spec, facts)
             steps = plan(facts, spec)
-            load = load_server or serving.mount_server(spec)
+            load = load_server or serving.mount_server(spec, facts.store)
             keeper = _start(spec, facts, steps, cache_fd, caller_mask, load)
             os.close(cache_fd)
             cache_fd = -1
@@ -99,6 +101,18 @@ def run(
                 os.close(cache_fd)
             if layer is not None:
                 _release(layer, tell)
+
+
+def _with_nix(spec: RunSpec, facts: HostFacts) -> RunSpec:
+    """The command's Nix uses the merged store."""
+    if spec.nix_socket is None:
+        return spec
+    told = settings.NixFacts(
+        host_store=facts.store is not None,
+        unprivileged=facts.needs_user_namespace,
+        has_build_group=facts.has_build_group,
+    )
+    return replace(spec, environ=settings.environ(spec.environ, spec.nix_socket.name, told))
 
 
 @dataclass(slots=True)

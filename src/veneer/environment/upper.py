@@ -1,6 +1,6 @@
 """Writable layers on disk: made, locked, kept by name or removed, swept after a crash.
 
-``environments_root/NAME/{lock,upper,work}`` for a named one, ``tmp-XXXXXXXX`` for a temporary one. Invariants:
+``environments_root/NAME/{lock,upper,work,var}`` for a named one, ``tmp-XXXXXXXX`` for a temporary one. Invariants:
 
 U1: whoever uses a layer holds ``flock`` on its lock file through one open file that its processes share, so the lock is
     free exactly when all of them are gone, however they ended. The file's text is the first one's pid, for messages.
@@ -30,7 +30,7 @@ _MAX_DEPTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A locked writable layer: ``directory`` holds ``upper`` and ``work``. ``lock_fd``: closing its last copy unlocks."""
+    """A locked writable layer: ``directory`` holds ``upper``, ``work`` and ``var`` (state of the programs inside). ``lock_fd``: closing its last copy unlocks."""
 
     directory: Path
     temporary: bool
@@ -181,11 +181,12 @@ def _try_lock(directory: Path) -> int | None:
 
 
 def _make_layers(directory: Path) -> None:
-    for name in ("upper", "work"):
+    for name in ("upper", "work", "var"):
         path = directory / name
         path.mkdir(exist_ok=True)
     # The merged store's own mode is that of its upper directory.
-    (directory / "upper").chmod(0o755)
+    for name in ("upper", "var"):
+        (directory / name).chmod(0o755)
 
 
 def _holder(directory: Path) -> str:

@@ -107,9 +107,11 @@ def test_waiting_signal_tells_its_origin() -> None:
         # To this thread: another one, left by another test, does not block it and would end the process.
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         info = syscalls.read_signal(fd)
+        assert syscalls.read_signal(fd) is None
     finally:
         os.close(fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert info is not None
     assert (info.number, info.sender) == (signal.SIGUSR1, os.getpid())
     assert info.code <= 0
 

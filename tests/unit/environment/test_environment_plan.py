@@ -29,6 +29,7 @@ BARE = HostFacts(
     environment="/home/u/environments/dev",
     needs_user_namespace=True,
     restricted_overlay=True,
+    has_build_group=False,
 )
 WITH_STORE = replace(
     BARE,
@@ -163,3 +164,19 @@ def test_store_directory_that_a_mount_option_cannot_hold_is_refused(path: str) -
 def test_name_that_is_no_directory_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError):
         replace(spec(), name=name)
+
+
+def test_nix_reaches_its_socket_by_the_directory_and_has_a_remount_hook() -> None:
+    """A daemon that is started again makes the socket anew: a bound socket file would be the dead one."""
+    steps = p.plan(BARE, replace(spec(), nix_socket=Path("/cache/nix/a.sock")))
+    assert p.Bind(p.HOST + "/cache/nix", p.NIX_SOCKETS) in steps
+    hook = next(step for step in steps if isinstance(step, p.MakeScript))
+    assert hook.path == p.REMOUNT_HOOK
+    assert [step.path for step in steps if isinstance(step, p.MakeFifo)] == [p.REMOUNT_ASK, p.REMOUNT_DONE]
+    assert steps.index(hook) < steps.index(p.MakeReadOnly("/"))
+
+
+def test_without_nix_there_is_nothing_of_it() -> None:
+    steps = p.plan(BARE, spec())
+    assert not [step for step in steps if isinstance(step, p.MakeScript | p.MakeFifo)]
+    assert p.NIX_SOCKETS not in targets(steps, p.Bind)

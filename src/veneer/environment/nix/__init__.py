@@ -1,0 +1,1 @@
+"""Nix inside an environment: settings, database, versions."""

@@ -1,0 +1,217 @@
+"""Real Nix inside an environment: it takes the caches' paths for its own, builds on them and cleans up only after itself."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.callers import Caller
+from tests.support.nginx import Nginx, nar_requests
+from tests.support.nix import RealNix, fetch_nix
+from tests.support.sample import EXPRESSION, SampleStore
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.nix, pytest.mark.nginx]
+
+Serve = Callable[..., Nginx]
+CONFIGURATION = """\
+experimental-features = nix-command ca-derivations
+sandbox-paths = {sandbox_paths}
+substituters =
+max-jobs = 2
+fsync-metadata = false
+"""
+NEW = """\
+derivation {{
+  name = "new"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
+  args = [ "-euc" "mkdir $out; cat {path}/1/1.txt > $out/copied; echo {path} > $out/reference" ];
+}}
+"""
+CONTENT_ADDRESSED = """\
+derivation {{
+  name = "addressed"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
+  __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+  args = [ "-euc" "cat {path}/1/1.txt > $out" ];
+}}
+"""
+
+
+@dataclass
+class Inside:
+    """Shell scripts in environments, with real Nix in PATH and an own nix.conf."""
+
+    caller: Caller
+    sample: SampleStore
+    server: Nginx
+
+    def run(self, script: str, *options: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return self.caller.veneer("run", *options, "--", "bash", "-euc", script, timeout=timeout)
+
+    def output(self, script: str, *options: str) -> str:
+        """Standard output of a script that succeeds."""
+        done = self.run(script, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def expression(self, attribute: str = "many") -> Path:
+        """A file with a derivation that reads the path."""
+        file = self.caller.home / f"new-{secrets.token_hex(4)}.nix"
+        path = f'${{builtins.storePath "{self.sample.paths[attribute]}"}}'
+        file.write_text(NEW.format(path=path))
+        return file
+
+
+def inside(caller: Caller, sample: SampleStore, server: Nginx, suite: str) -> Inside:
+    conf = caller.home / "nix-conf"
+    conf.mkdir()
+    sandbox_paths = " ".join(p for p in ("/bin", "/usr", "/lib", "/lib64") if Path(p).exists())
+    (conf / "nix.conf").write_text(CONFIGURATION.format(sandbox_paths=sandbox_paths))
+    caller.environment = {n: v for n, v in caller.environment.items() if not n.startswith("NIX_")}
+    caller.environment |= {
+        "NIX_CONF_DIR": str(conf),
+        "HOME": str(caller.home),
+        "PATH": f"{fetch_nix(suite)}:{caller.environment['PATH']}",
+    }
+    caller.use(server.url, key=sample.public)
+    return Inside(caller, sample, server)
+
+
+@pytest.fixture(params=["trixie", "sid"], ids=["2.26", "2.34"])
+def nix(request: pytest.FixtureRequest, caller: Caller, nix_cache: SampleStore, nginx: Serve) -> Inside:
+    """Nix with local-overlay stores, for root and for an ordinary user."""
+    return inside(caller, nix_cache, nginx(nix_cache.cache()), request.param)
+
+
+def test_every_path_of_the_caches_is_valid(nix: Inside) -> None:
+    tops = ["several.dev", "bytes-name", "hello", "pointer"]
+    paths = [nix.sample.paths[top] for top in tops]
+    found = nix.output(f"nix-store --check-validity {' '.join(paths)}; nix-store -qR {' '.join(paths)}")
+    assert sorted(found.split()) == sorted({path for top in tops for path in nix.sample.closure(top)})
+    assert nar_requests(nix.server.requests()) == []
+
+
+def test_what_nix_says_of_a_path_is_what_its_builder_said(nix: Inside) -> None:
+    path = nix.sample.paths["several.dev"]
+    told = json.loads(nix.output(f"nix path-info --json {path}"))
+    ours = told[path] if isinstance(told, dict) else told[0]
+    # --json of both versions: a mapping; the older one's own names of the hash.
+    truth = json.loads(nix.sample.nix.run("nix", "path-info", "--json", path))[path]
+    for key in ("narHash", "narSize", "references"):
+        assert ours[key] == truth[key], key
+
+
+@pytest.mark.parametrize("sandbox", ["true", "false"])
+def test_a_build_on_top_lands_in_the_own_layer(nix: Inside, sandbox: str) -> None:
+    file = nix.expression()
+    many = nix.sample.paths["many"]
+    script = f"""
+        out=$(nix-build --no-out-link --option sandbox {sandbox} --option sandbox-fallback false {file})
+        cat $out/copied; nix-store -q --references $out; ls /.veneer/environment/upper
+    """
+    lines = nix.output(script).splitlines()
+    assert lines[0] == "1 1"
+    assert lines[1] == many
+    assert sorted(line[33:] for line in lines[2:]) == ["new", "new.drv"]
+
+
+def test_a_build_whose_outputs_are_cached_moves_no_nar(nix: Inside) -> None:
+    built = nix.output(f"nix-build --no-out-link {EXPRESSION} -A several.dev -A shapes").split()
+    assert built == [nix.sample.paths["several.dev"], nix.sample.paths["shapes"]]
+    assert nar_requests(nix.server.requests()) == []
+
+
+def test_a_build_fetches_only_the_inputs_that_it_opens(nix: Inside) -> None:
+    nix.output(f"nix-build --no-out-link {nix.expression('many')}")
+    asked = {request.path for request in nar_requests(nix.server.requests())}
+    assert len(asked) == 1
+
+
+def test_garbage_collection_takes_only_what_was_built_here(nix: Inside) -> None:
+    path = nix.sample.paths["shapes"]
+    script = f"""
+        out=$(nix-build --no-out-link {nix.expression()})
+        nix-store --gc >&2
+        test ! -e $out
+        cat {path}/deep/er/than/most/file; nix-store --check-validity {path}; ls /.veneer/environment/upper
+    """
+    assert nix.output(script) == "bottom\n"
+
+
+def test_a_deleted_path_of_the_caches_stays(nix: Inside) -> None:
+    path = nix.sample.paths["shapes"]
+    done = nix.run(f"nix-store --delete {path} || true; nix-store --check-validity {path}; cat {path}/a/1")
+    assert (done.returncode, done.stdout[-1:]) == (0, "1"), done.stderr
+
+
+def test_verification_finds_nothing_wrong(nix: Inside) -> None:
+    path = nix.sample.paths["several.dev"]
+    script = f"""
+        out=$(nix-build --no-out-link {nix.expression()})
+        nix-store -qR {path} >/dev/null
+        nix-store --verify --check-contents; nix-store --repair-path $out; nix store optimise; cat $out/copied
+    """
+    assert nix.output(script).endswith("1 1\n")
+
+
+def test_a_path_in_both_layers_is_served_from_below_after_it_was_deleted(nix: Inside) -> None:
+    """What the remount hook is for."""
+    path = nix.sample.paths["note"]
+    script = f"""
+        nix-store --check-validity {path}
+        name=$(basename {path})
+        cp {path} /.veneer/environment/upper/$name.new; mv /.veneer/environment/upper/$name.new /.veneer/environment/upper/$name
+        /.veneer/remount/hook /nix/store
+        nix-store --delete {path} >&2
+        test ! -e /.veneer/environment/upper/$name
+        cat {path}
+    """
+    assert nix.output(script) == "a note\n"
+
+
+def test_built_paths_are_copied_out(nix: Inside, make_real_nix: Callable[[str], RealNix]) -> None:
+    out_dir = nix.caller.home / "out-cache"
+    built = nix.output(
+        f"out=$(nix-build --no-out-link {nix.expression()}); nix copy --to file://{out_dir} $out; echo $out"
+    )
+    other = make_real_nix(secrets.token_hex(4))
+    other.run("nix", "copy", "--no-check-sigs", "--from", f"file://{out_dir}", built.strip())
+    assert (other.unpacked(built.strip()) / "copied").read_text() == "1 1\n"
+
+
+def test_content_addressed_outputs_are_built_and_found_again(nix: Inside) -> None:
+    file = nix.caller.home / "addressed.nix"
+    file.write_text(CONTENT_ADDRESSED.format(path=f'${{builtins.storePath "{nix.sample.paths["many"]}"}}'))
+    lines = nix.output(
+        f"nix-build --no-out-link {file}; nix-build --no-out-link {file}; cat $(nix-build --no-out-link {file})"
+    )
+    first, second, content = lines.splitlines()
+    assert (first == second, content) == (True, "1 1")
+
+
+def test_a_reference_that_no_cache_has_is_named(
+    caller: Caller, nix_cache: SampleStore, nginx: Serve
+) -> None:
+    cache = caller.home / "holed"
+    shutil.copytree(nix_cache.cache(), cache)
+    (cache / f"{nix_cache.hash_part('note')}.narinfo").unlink()
+    nix = inside(caller, nix_cache, nginx(cache), "trixie")
+    done = nix.run(f"nix-store -r {nix_cache.paths['shapes']}")
+    assert done.returncode != 0
+    assert nix_cache.basename("note") in done.stderr
+
+
+def test_a_named_environment_keeps_its_paths_and_its_database(nix: Inside) -> None:
+    file = nix.expression()
+    first = nix.output(f"nix-build -o $HOME/result {file}; cat $HOME/result/copied", "--name", "dev").split(
+        "\n"
+    )
+    script = f"nix-store --check-validity {first[0]}; nix-store --gc >&2; cat $HOME/result/copied"
+    assert nix.output(script, "--name", "dev") == "1 1\n"
+    done = nix.run(f"nix-store --check-validity {first[0]}")
+    assert done.returncode != 0

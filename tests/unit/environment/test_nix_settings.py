@@ -1,0 +1,62 @@
+"""What Nix is told inside an environment."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs
+
+import pytest
+
+from veneer.environment import plan as p
+from veneer.environment.nix.settings import STATE, NixFacts, environ
+from veneer.formats.nix_conf import parse_nix_conf
+
+ROOT = NixFacts(host_store=False, unprivileged=False, has_build_group=True)
+
+
+def told(facts: NixFacts, given: dict[str, str] | None = None) -> dict[str, str]:
+    """The settings that NIX_CONFIG comes to."""
+    made = environ(given or {}, "s.sock", facts)
+    return parse_nix_conf(made["NIX_CONFIG"], path="NIX_CONFIG", include=lambda _: None, base={})
+
+
+def store(facts: NixFacts) -> dict[str, list[str]]:
+    """The parameters of the store's URL."""
+    return parse_qs(told(facts)["store"].partition("?")[2], keep_blank_values=True)
+
+
+def test_the_store_is_the_merged_one_over_the_worker_socket() -> None:
+    assert store(ROOT) == {
+        "lower-store": [f"unix://{p.NIX_SOCKETS}/s.sock?root={p.LOWER_ROOT}"],
+        "upper-layer": [p.UPPER],
+        "remount-hook": [p.REMOUNT_HOOK],
+    }
+
+
+def test_the_check_of_the_mount_is_off_only_above_the_hosts_store() -> None:
+    with_store = NixFacts(host_store=True, unprivileged=False, has_build_group=True)
+    assert store(with_store)["check-mount"] == ["false"]
+
+
+def test_database_and_profiles_are_the_environments_own() -> None:
+    made = environ({"NIX_REMOTE": "daemon", "NIX_STATE_DIR": "/nix/var/nix", "PATH": "/bin"}, "s.sock", ROOT)
+    assert (made["NIX_STATE_DIR"], made["PATH"]) == (STATE, "/bin")
+    assert "NIX_REMOTE" not in made
+
+
+def test_settings_of_the_user_are_kept() -> None:
+    """``extra-`` adds a feature to those of files that Nix reads before; other settings stay as they are."""
+    made = environ({"NIX_CONFIG": "cores = 3\nexperimental-features = flakes"}, "s.sock", ROOT)
+    lines = made["NIX_CONFIG"].splitlines()
+    assert lines[:2] == ["cores = 3", "experimental-features = flakes"]
+    assert "extra-experimental-features = local-overlay-store" in lines
+
+
+@pytest.mark.parametrize(
+    ("unprivileged", "has_group", "groups"), [(False, True, None), (False, False, ""), (True, False, None)]
+)
+def test_root_builds_itself_where_there_are_no_build_users(
+    unprivileged: bool, has_group: bool, groups: str | None
+) -> None:
+    facts = NixFacts(host_store=False, unprivileged=unprivileged, has_build_group=has_group)
+    assert told(facts).get("build-users-group") == groups
+    assert told(facts).get("require-drop-supplementary-groups") == ("false" if unprivileged else None)
