@@ -11,13 +11,15 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from veneer.environment import syscalls
+from veneer.environment.plan import LOWER_ROOT
 from veneer.environment.spec import RunSpec
+from veneer.formats.mountinfo import MountInfo, parse_mountinfo
 from veneer.model.errors import VeneerError, printable
 
 Report = dict[str, Any]
@@ -54,8 +56,8 @@ def start(load: LoadServer, fuse_fd: int, cache_fd: int, report_fd: int) -> Serv
     return ServerProcess(pid, writer)
 
 
-def mount_server(spec: RunSpec) -> LoadServer:
-    """The real one."""
+def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
+    """The real one. ``host_store``: the host's own store when it lies beneath ours, without links."""
 
     def load() -> Serve:
         from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
@@ -66,7 +68,12 @@ def mount_server(spec: RunSpec) -> LoadServer:
                     os.kill(os.getppid(), ABSENCE)
 
             server = MountServer(
-                fuse_fd, cache_fd, spec.view, miss_seconds=spec.miss_seconds, events=tell_init
+                fuse_fd,
+                cache_fd,
+                spec.view,
+                miss_seconds=spec.miss_seconds,
+                events=tell_init,
+                host_store=None if host_store is None else _open_host_store(host_store),
             )
 
             def stop_on_request() -> None:
@@ -81,6 +88,30 @@ def mount_server(spec: RunSpec) -> LoadServer:
         return serve
 
     return load
+
+
+def _open_host_store(path: str) -> int | None:
+    """Its descriptor; None when it cannot be asked."""
+    try:
+        mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        device = os.fstat(fd).st_dev
+    except OSError:
+        return None
+    if answers_at_once(mounts, (os.major(device), os.minor(device))):
+        return fd
+    os.close(fd)
+    return None
+
+
+def answers_at_once(mounts: Sequence[MountInfo], device: tuple[int, int]) -> bool:
+    """Not what another process serves, nor a store of ours: its sources may take long, and all our readers would wait."""
+    for mount in mounts:
+        if (mount.major, mount.minor) == device and (
+            mount.fstype.partition(b".")[0] == b"fuse" or LOWER_ROOT.encode() in mount.super_options
+        ):
+            return False
+    return True
 
 
 def _child(load: LoadServer, fuse_fd: int, cache_fd: int, report_fd: int, go_fd: int) -> NoReturn:

@@ -77,6 +77,7 @@ class Shared:
         misses: Misses,
         stories: Stories,
         tally: Tally,
+        host_store: int | None = None,
     ) -> None:
         self.cache_dirfd = cache_dirfd
         self.trees = trees
@@ -84,6 +85,8 @@ class Shared:
         self.misses = misses
         self.stories = stories
         self.tally = tally
+        self.host_store = host_store
+        """The directory of the store that lies beneath ours in an overlay."""
         self.session: Session | None = None
 
 
@@ -214,9 +217,17 @@ class Worker:
             return wire.reply(unique, bytes(index.buffer[record : record + wire.ENTRY_OUT.size]))
         if not _is_store_path(name):
             return wire.reply(unique, _ABSENT_FOR_EVER)
-        if name in trees.absent:
+        if name in trees.absent or self._has_host(name):
             return wire.error_reply(unique, errno.ENOENT)
         return self._park(unique, request, length, Kind.LOOKUP, name, name)
+
+    def _has_host(self, name: bytes) -> bool:
+        """Whether the store beneath ours has it, whole: then no source is asked, and none that fails can take it away.
+
+        Asked anew for each LOOKUP, because the host's Nix adds and removes paths. One that is locked may be half there.
+        """
+        host = self._shared.host_store
+        return host is not None and _exists(host, name) and not _exists(host, name + b".lock")
 
     def _getattr(self, unique: int, node: int, request: bytearray, length: int) -> Reply:
         if node == ROOT_NODE:
@@ -404,6 +415,14 @@ def _is_store_path(name: bytes) -> bool:
     try:
         StorePath.parse(name.decode("ascii"))
     except (FormatError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _exists(directory: int, name: bytes) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
         return False
     return True
 

@@ -40,7 +40,9 @@ class MountServer:
     """Serves one mount. The descriptors stay the caller's; both must stay open while it runs.
 
     ``view``: what HELLO brings, see the daemon. ``session``: what a predecessor agreed with the kernel, when this server
-    takes over a mount that runs already. ``run`` may be called once.
+    takes over a mount that runs already. ``host_store``: descriptor of a store directory that an overlay has beneath this mount;
+    names in it are absent here. It must be one that answers at once, for it is asked by the threads that answer the kernel.
+    ``run`` may be called once.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class MountServer:
         events: Events = no_events,
         miss_seconds: float = MISS_SECONDS,
         session: Session | None = None,
+        host_store: int | None = None,
     ) -> None:
         self._fd = fuse_fd
         self._threads = threads
@@ -64,7 +67,7 @@ class MountServer:
             cache_dirfd, view, self._trees, self._contents, self._stories, self._tally, seconds=miss_seconds
         )
         self._shared = Shared(
-            cache_dirfd, self._trees, self._contents, self._misses, self._stories, self._tally
+            cache_dirfd, self._trees, self._contents, self._misses, self._stories, self._tally, host_store
         )
         self._shared.session = session
         self._misses.answer = self._answer
