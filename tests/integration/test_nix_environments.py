@@ -194,9 +194,7 @@ def test_content_addressed_outputs_are_built_and_found_again(nix: Inside) -> Non
     assert (first == second, content) == (True, "1 1")
 
 
-def test_a_reference_that_no_cache_has_is_named(
-    caller: Caller, nix_cache: SampleStore, nginx: Serve
-) -> None:
+def test_a_reference_that_no_cache_has_is_named(caller: Caller, nix_cache: SampleStore, nginx: Serve) -> None:
     cache = caller.home / "holed"
     shutil.copytree(nix_cache.cache(), cache)
     (cache / f"{nix_cache.hash_part('note')}.narinfo").unlink()
@@ -215,3 +213,95 @@ def test_a_named_environment_keeps_its_paths_and_its_database(nix: Inside) -> No
     assert nix.output(script, "--name", "dev") == "1 1\n"
     done = nix.run(f"nix-store --check-validity {first[0]}")
     assert done.returncode != 0
+
+
+# A nix-daemon of the environment's own, for all users inside.
+
+_WITH_BUILD_USERS = """
+{ cat /etc/passwd; echo "guest:x:12345:12345::$1/guest:/bin/sh"; for i in 1 2; do echo "nixbld$i:x:$((30000 + i)):30000::/var/empty:/bin/false"; done; } > "$1/passwd"
+{ cat /etc/group; echo "nixbld:x:30000:nixbld1,nixbld2"; } > "$1/group"
+mkdir -p "$1/guest"; chown 12345:12345 "$1/guest"
+mount --bind "$1/passwd" /etc/passwd
+mount --bind "$1/group" /etc/group
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture(params=["trixie", "sid"], ids=["2.26", "2.34"])
+def multi_user(
+    request: pytest.FixtureRequest, as_root: Caller, nix_cache: SampleStore, nginx: Serve
+) -> Inside:
+    """Nix for root on a machine with build users."""
+    as_root.home.chmod(0o755)
+    script = ["sh", "-euc", _WITH_BUILD_USERS, "sh", str(as_root.home)]
+    as_root.prefix = ["unshare", "--mount", "--propagation", "private", *script]
+    nix = inside(as_root, nix_cache, nginx(nix_cache.cache()), request.param)
+    conf = Path(as_root.environment["NIX_CONF_DIR"]) / "nix.conf"
+    conf.write_text(conf.read_text() + "sandbox = false\n")  # inside one, every builder believes to be user 1000
+    return nix
+
+
+def test_an_ordinary_user_builds_through_the_environments_nix_daemon(multi_user: Inside) -> None:
+    caller = multi_user.caller
+    user = f"setpriv --reuid 12345 --regid 12345 --clear-groups env HOME={caller.home}/guest"
+    program = shutil.which("nix-build", path=caller.environment["PATH"])
+    assert program is not None
+    if subprocess.run([*user.split(), "test", "-x", program]).returncode:
+        pytest.skip("an ordinary user cannot reach this checkout's Nix")
+    file = caller.home / "who.nix"
+    script = "echo $(id -u) > $out; cat {path}/1/1.txt >> $out"
+    path = f'${{builtins.storePath "{multi_user.sample.paths["many"]}"}}'
+    file.write_text(NEW.format(path=path).replace("mkdir $out; ", f"{script.format(path=path)}; exit 0; "))
+    lines = multi_user.output(
+        f"out=$({user} nix-build --no-out-link {file}); cat $out;"
+        f" stat -c %u $out; {user} nix-store --check-validity $out; test ! -w /nix/store || id -u",
+        "--nix",
+        "daemon",
+    ).splitlines()
+    assert lines[0] in ("30001", "30002")
+    assert lines[1:] == ["1 1", "0", "0"]
+
+
+def test_a_nix_daemon_is_for_root(unprivileged: Caller, nix_cache: SampleStore, nginx: Serve) -> None:
+    nix = inside(unprivileged, nix_cache, nginx(nix_cache.cache()), "trixie")
+    done = nix.run("true", "--nix", "daemon")
+    assert done.returncode == 125
+    assert "needs root" in done.stderr
+
+
+# A Nix without local-overlay stores.
+
+
+@pytest.fixture
+def old_nix(caller: Caller, nix_cache: SampleStore, nginx: Serve) -> Inside:
+    nix = inside(caller, nix_cache, nginx(nix_cache.cache()), "bookworm")
+    hook = caller.home / "build-remote"  # a program of its own, where Debian puts it
+    hook.symlink_to(fetch_nix("bookworm") / "nix")
+    caller.environment |= {"NIX_CONFIG": f"build-hook = {hook}", "USER": "somebody"}
+    return nix
+
+
+def test_an_old_nix_takes_the_named_closures_for_valid_and_builds_on_them(old_nix: Inside) -> None:
+    path = old_nix.sample.paths["many"]
+    file = old_nix.expression("many")
+    closure = ["--closure", path, "--closure", old_nix.sample.paths["several.dev"]]
+    script = f"""
+        nix-store -qR {old_nix.sample.paths["several.dev"]} | wc -l
+        out=$(nix-build --no-out-link {file}); cat $out/copied
+        nix-store --gc >&2; test ! -e $out; nix-store --check-validity {path}
+    """
+    lines = old_nix.output(script, *closure).split("\n")
+    assert lines[:2] == [str(len(old_nix.sample.closure("several.dev"))), "1 1"]
+
+
+def test_an_old_nix_without_named_closures_is_told_what_to_do(old_nix: Inside) -> None:
+    done = old_nix.run(f"nix-store --check-validity {old_nix.sample.paths['many']}")
+    assert done.returncode != 0
+    assert "--closure" in done.stderr
+
+
+def test_a_closure_that_no_cache_has_is_an_error(old_nix: Inside) -> None:
+    done = old_nix.run("true", "--closure", f"/nix/store/{'0' * 32}-nothing")
+    assert done.returncode == 125
+    assert "no source has" in done.stderr

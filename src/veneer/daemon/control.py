@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
+from veneer.formats.narinfo import parse_narinfo
 from veneer.model.errors import UsageError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
@@ -44,6 +45,7 @@ class Control:
             "unpin": self._unpin,
             "pins": self._pins,
             "report": self._report,
+            "remembered": self._remembered,
             "tree": self._tree,
             "content": self._content,
             "nix-socket": self._nix_socket,
@@ -133,6 +135,9 @@ class Control:
                     "file_size": info.info.file_size,
                     "references": [reference.basename for reference in info.info.references],
                     "signed_by": list(info.signed_by),
+                    "signatures": list(info.info.signatures),
+                    "deriver": info.info.deriver,
+                    "ca": info.info.ca,
                 }
                 for info in found.values()
             ],
@@ -193,6 +198,20 @@ class Control:
         self, session: Session, request: dict[str, object], progress: Progress
     ) -> dict[str, object]:
         return session.account.report()
+
+    async def _remembered(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """What the view's sources said of these paths before: base name -> source -> NarHash. Asks no source."""
+        wanted = {path.hash_part: path for path in _paths(request)}
+        found: dict[str, dict[str, str]] = {}
+        for source in session.view.chain.sources:
+            for part, row in self._store.cache.index.narinfos(source.url, wanted).items():
+                if row.body is not None:
+                    info = parse_narinfo(row.body, store_dir=session.view.store_dir)
+                    if info.store_path == wanted[part]:
+                        found.setdefault(info.store_path.basename, {})[source.url] = str(info.nar_hash)
+        return {"paths": found}
 
     async def _tree(
         self, session: Session, request: dict[str, object], progress: Progress

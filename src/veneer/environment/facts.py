@@ -32,6 +32,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class NixFacts:
+    """``host_store``: the overlay has the host's store as a second lower layer. ``unprivileged``: a user namespace is needed.
+    ``has_build_group``: the users exist as which Nix builds when root asks."""
+
+    host_store: bool
+    unprivileged: bool
+    has_build_group: bool
+
+
+@dataclass(frozen=True, slots=True)
 class HostFacts:
     """The host as the plan sees it.
 
@@ -57,6 +67,10 @@ class HostFacts:
     needs_user_namespace: bool
     restricted_overlay: bool
     has_build_group: bool
+
+    @property
+    def for_nix(self) -> NixFacts:
+        return NixFacts(self.store is not None, self.needs_user_namespace, self.has_build_group)
 
 
 def read_facts(store_dir: str, environment: str | None) -> HostFacts:
@@ -85,11 +99,11 @@ def read_facts(store_dir: str, environment: str | None) -> HostFacts:
         environment=None if environment is None else os.path.realpath(environment),
         needs_user_namespace=needs_user_namespace,
         restricted_overlay=needs_user_namespace or not in_first_user_namespace(),
-        has_build_group=_has_group(BUILD_GROUP),
+        has_build_group=has_group(BUILD_GROUP),
     )
 
 
-def _has_group(name: str) -> bool:
+def has_group(name: str) -> bool:
     """Whether /etc/group has it; the name services of the machine are not asked, because that may take seconds."""
     try:
         with open("/etc/group", "rb") as file:

@@ -33,8 +33,9 @@ HOST_STORE = f"{VENEER}/host-store"
 ENVIRONMENT = f"{VENEER}/environment"
 UPPER = f"{ENVIRONMENT}/upper"
 WORK = f"{ENVIRONMENT}/work"
-STATE = f"{ENVIRONMENT}/var"
-"""Of programs that keep one for each store: Nix's database."""
+KEPT_STATE = f"{ENVIRONMENT}/var"
+STATE = f"{VENEER}/state"
+"""Nix's database and roots; in a place of its own because users inside may not enter the layer's directory."""
 NIX_SOCKETS = f"{VENEER}/nix"
 REMOUNT = f"{VENEER}/remount"
 REMOUNT_HOOK = f"{REMOUNT}/hook"
@@ -174,7 +175,7 @@ def plan(facts: HostFacts, spec: RunSpec) -> list[Step]:
 
 def memory_layers() -> list[Step]:
     """Writable layers in memory, instead of ones in a directory."""
-    return [MountMemory(ENVIRONMENT), MakeDir(UPPER), MakeDir(WORK), MakeDir(STATE)]
+    return [MountMemory(ENVIRONMENT), MakeDir(UPPER), MakeDir(WORK), MakeDir(KEPT_STATE)]
 
 
 def _steps(facts: HostFacts, spec: RunSpec) -> Iterator[Step]:
@@ -199,14 +200,16 @@ def _steps(facts: HostFacts, spec: RunSpec) -> Iterator[Step]:
     yield from _make_dirs(LOWER_ROOT, spec.store_dir)
     yield MountLower(lowers[0])
     yield MountOverlay(spec.store_dir, tuple(lowers), UPPER, WORK, facts.restricted_overlay)
-    if spec.nix_socket is not None:
-        yield from _for_nix(spec.nix_socket)
+    if spec.nix is not None:
+        yield from _for_nix(spec.nix.socket)
     yield Detach(HOST)
     yield MakeReadOnly("/")
 
 
 def _for_nix(socket: PurePath) -> Iterator[Step]:
-    """The worker socket, by its directory: a daemon that is started again makes it anew. And the remount hook."""
+    """The worker socket, by its directory: a daemon that is started again makes it anew. Nix's state, and the remount hook."""
+    yield MakeDir(STATE)
+    yield Bind(KEPT_STATE, STATE)
     yield MakeDir(NIX_SOCKETS)
     yield Bind(HOST + str(socket.parent), NIX_SOCKETS)
     yield MakeDir(REMOUNT)

@@ -6,13 +6,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.model.errors import UsageError
+
+if TYPE_CHECKING:
+    from veneer.environment.nix.database import Registration  # with sqlite3, which most runs do without
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STORE_DIR = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 TEMPORARY_PREFIX = "tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class NixSpec:
+    """How Nix inside comes to the merged store. ``socket``: where the store daemon answers Nix about this view.
+
+    ``overlay``: every Nix inside opens a local-overlay store by itself. ``daemon``: a nix-daemon of the environment does, for all
+    users inside; root only. ``filled``: the environment's database says that ``registered`` is valid, for a Nix without such stores.
+    """
+
+    socket: Path
+    mode: Literal["overlay", "daemon", "filled"] = "overlay"
+    registered: tuple[Registration, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +39,7 @@ class RunSpec:
     ``view``: what the mount server brings in HELLO (None: the daemon's default). ``store_dir``: where the merged store
     appears. ``name``: of the writable layer that is kept; None for one that vanishes. ``environments_root``: the directory
     of writable layers. ``miss_seconds``: how long a read may wait for the daemon. ``map_root``: the command sees itself as
-    root when a user namespace is needed. ``environ``, ``cwd``: the command's own. ``nix_socket``: where the daemon answers Nix
-    about this view; None: Nix is left alone.
+    root when a user namespace is needed. ``environ``, ``cwd``: the command's own. ``nix``: None to leave Nix alone.
     """
 
     command: tuple[str, ...]
@@ -37,7 +52,7 @@ class RunSpec:
     store_dir: str = "/nix/store"
     name: str | None = None
     map_root: bool = False
-    nix_socket: Path | None = None
+    nix: NixSpec | None = None
 
     def __post_init__(self) -> None:
         if not self.command and self.name is None:
@@ -60,9 +75,14 @@ class RunOutcome:
     signal: int = 0
 
 
+def is_name(name: str) -> bool:
+    """Whether ``name`` can name an environment (and its directory)."""
+    return bool(_NAME.fullmatch(name)) and not name.startswith(TEMPORARY_PREFIX)
+
+
 def check_name(name: str) -> None:
-    """UsageError unless ``name`` can name an environment (and its directory)."""
-    if not _NAME.fullmatch(name) or name.startswith(TEMPORARY_PREFIX):
+    """UsageError unless ``is_name``."""
+    if not is_name(name):
         raise UsageError(
             f"not a name for an environment: {name!r}",
             hint=f"letters, digits, '.', '_', '-'; at most 64; not beginning with '{TEMPORARY_PREFIX}'",

@@ -9,7 +9,7 @@ import pytest
 
 from veneer.environment import plan as p
 from veneer.environment.facts import Entry, HostFacts, read_facts
-from veneer.environment.spec import RunSpec
+from veneer.environment.spec import NixSpec, RunSpec
 from veneer.model.errors import UsageError
 
 BARE = HostFacts(
@@ -168,7 +168,7 @@ def test_name_that_is_no_directory_name_is_refused(name: str) -> None:
 
 def test_nix_reaches_its_socket_by_the_directory_and_has_a_remount_hook() -> None:
     """A daemon that is started again makes the socket anew: a bound socket file would be the dead one."""
-    steps = p.plan(BARE, replace(spec(), nix_socket=Path("/cache/nix/a.sock")))
+    steps = p.plan(BARE, replace(spec(), nix=NixSpec(Path("/cache/nix/a.sock"))))
     assert p.Bind(p.HOST + "/cache/nix", p.NIX_SOCKETS) in steps
     hook = next(step for step in steps if isinstance(step, p.MakeScript))
     assert hook.path == p.REMOUNT_HOOK

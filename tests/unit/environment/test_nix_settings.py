@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
 
 from veneer.environment import plan as p
-from veneer.environment.nix.settings import STATE, NixFacts, environ
+from veneer.environment.facts import NixFacts
+from veneer.environment.nix.settings import STATE, daemon_environ, environ
+from veneer.environment.spec import NixSpec
 from veneer.formats.nix_conf import parse_nix_conf
 
+NIX = NixSpec(Path("/cache/nix/s.sock"))
 ROOT = NixFacts(host_store=False, unprivileged=False, has_build_group=True)
 
 
 def told(facts: NixFacts, given: dict[str, str] | None = None) -> dict[str, str]:
     """The settings that NIX_CONFIG comes to."""
-    made = environ(given or {}, "s.sock", facts)
+    made = environ(given or {}, NIX, facts)
     return parse_nix_conf(made["NIX_CONFIG"], path="NIX_CONFIG", include=lambda _: None, base={})
 
 
@@ -38,14 +43,14 @@ def test_the_check_of_the_mount_is_off_only_above_the_hosts_store() -> None:
 
 
 def test_database_and_profiles_are_the_environments_own() -> None:
-    made = environ({"NIX_REMOTE": "daemon", "NIX_STATE_DIR": "/nix/var/nix", "PATH": "/bin"}, "s.sock", ROOT)
+    made = environ({"NIX_REMOTE": "daemon", "NIX_STATE_DIR": "/nix/var/nix", "PATH": "/bin"}, NIX, ROOT)
     assert (made["NIX_STATE_DIR"], made["PATH"]) == (STATE, "/bin")
     assert "NIX_REMOTE" not in made
 
 
 def test_settings_of_the_user_are_kept() -> None:
     """``extra-`` adds a feature to those of files that Nix reads before; other settings stay as they are."""
-    made = environ({"NIX_CONFIG": "cores = 3\nexperimental-features = flakes"}, "s.sock", ROOT)
+    made = environ({"NIX_CONFIG": "cores = 3\nexperimental-features = flakes"}, NIX, ROOT)
     lines = made["NIX_CONFIG"].splitlines()
     assert lines[:2] == ["cores = 3", "experimental-features = flakes"]
     assert "extra-experimental-features = local-overlay-store" in lines
@@ -60,3 +65,16 @@ def test_root_builds_itself_where_there_are_no_build_users(
     facts = NixFacts(host_store=False, unprivileged=unprivileged, has_build_group=has_group)
     assert told(facts).get("build-users-group") == groups
     assert told(facts).get("require-drop-supplementary-groups") == ("false" if unprivileged else None)
+
+
+def test_clients_of_a_nix_daemon_leave_the_store_to_it() -> None:
+    nix = replace(NIX, mode="daemon")
+    made = environ({"NIX_CONFIG": "cores = 3"}, nix, ROOT)
+    assert (made["NIX_REMOTE"], made["NIX_CONFIG"]) == ("daemon", "cores = 3")
+    assert "local-overlay://" in daemon_environ(made, nix, ROOT)["NIX_CONFIG"]
+    assert "NIX_REMOTE" not in daemon_environ(made, nix, ROOT)
+
+
+def test_an_old_nix_has_a_plain_store() -> None:
+    made = environ({}, replace(NIX, mode="filled"), ROOT)
+    assert made["NIX_CONFIG"] == "store = local"

@@ -5,61 +5,88 @@ Everything goes through environment variables, so that no file of the user's or 
 
 - The store is a ``local-overlay`` store: Nix asks our daemon's socket about paths below and keeps its own database for
   those above. Its state (database, roots, profiles, logs) lies beside the upper layer and lives and dies with it.
+- With a nix-daemon only that has this store; its clients have NIX_REMOTE=daemon and the state directory, in which its socket lies.
+- A Nix without such stores has a plain local one, over a database that we have filled.
 - ``check-mount`` stays on, except where the overlay has two lower layers (a host with a store of its own): Nix's check
   knows only one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from urllib.parse import quote
+from collections.abc import Mapping, Sequence
 
 from veneer.environment import plan as p
+from veneer.environment.facts import NixFacts
+from veneer.environment.spec import NixSpec
+from veneer.formats.overlay_store import OverlayStore
 
 STATE = f"{p.STATE}/nix"
 LOGS = f"{p.STATE}/log"
 FEATURE = "local-overlay-store"
+NO_BUILD_USERS = "build-users-group ="
 _OVERRULED = ("NIX_REMOTE", "NIX_STATE_DIR", "NIX_LOG_DIR")
 """Variables of the caller's that would lead Nix to another store or database."""
 
 
-@dataclass(frozen=True, slots=True)
-class NixFacts:
-    """``host_store``: the overlay has the host's store as a second lower layer. ``unprivileged``: a user namespace is needed.
-    ``has_build_group``: the group that root's builders come from exists (nixbld, or what nix.conf says)."""
+def environ(given: Mapping[str, str], nix: NixSpec, facts: NixFacts) -> dict[str, str]:
+    """The command's environment: ``given``, and what makes Nix use the merged store."""
+    made = _base(given)
+    match nix.mode:
+        case "overlay":
+            lines = _overlay_lines(nix, facts)
+        case "daemon":
+            made["NIX_REMOTE"] = "daemon"
+            lines = []
+        case "filled":
+            lines = ["store = local"]
+            if not facts.unprivileged and not facts.has_build_group:
+                lines.append(NO_BUILD_USERS)
+    _configure(made, lines)
+    return made
 
-    host_store: bool
-    unprivileged: bool
-    has_build_group: bool
 
-
-def environ(given: Mapping[str, str], socket_name: str, facts: NixFacts) -> dict[str, str]:
-    """The command's environment: ``given``, and what makes Nix use the merged store. ``socket_name``: in NIX_SOCKETS."""
-    made = {name: value for name, value in given.items() if name not in _OVERRULED}
-    made["NIX_STATE_DIR"] = STATE
-    made["NIX_LOG_DIR"] = LOGS
-    lines = [made.get("NIX_CONFIG", ""), *_lines(socket_name, facts)]
-    made["NIX_CONFIG"] = "\n".join(line for line in lines if line)
+def daemon_environ(given: Mapping[str, str], nix: NixSpec, facts: NixFacts) -> dict[str, str]:
+    """That of the environment's nix-daemon."""
+    made = _base(given)
+    _configure(made, _overlay_lines(nix, facts))
     return made
 
 
 def store_url(socket_name: str, *, check_mount: bool) -> str:
-    """The store's URL. The lower store's own URL is a parameter of it, encoded once."""
-    lower = f"unix://{p.NIX_SOCKETS}/{socket_name}?root={p.LOWER_ROOT}"
-    fields = {"lower-store": lower, "upper-layer": p.UPPER, "remount-hook": p.REMOUNT_HOOK}
-    if not check_mount:
-        fields["check-mount"] = "false"
-    return "local-overlay://?" + "&".join(f"{name}={quote(value, safe='')}" for name, value in fields.items())
+    """The store's URL."""
+    store = OverlayStore(
+        lower_socket=f"{p.NIX_SOCKETS}/{socket_name}",
+        lower_root=p.LOWER_ROOT,
+        upper_layer=p.UPPER,
+        remount_hook=p.REMOUNT_HOOK,
+        check_mount=check_mount,
+    )
+    return store.url()
 
 
-def _lines(socket_name: str, facts: NixFacts) -> list[str]:
-    lines = [
+def _base(given: Mapping[str, str]) -> dict[str, str]:
+    made = {name: value for name, value in given.items() if name not in _OVERRULED}
+    made["NIX_STATE_DIR"] = STATE
+    made["NIX_LOG_DIR"] = LOGS
+    return made
+
+
+def _configure(made: dict[str, str], lines: Sequence[str]) -> None:
+    """Put ``lines`` behind what the caller's NIX_CONFIG says."""
+    text = "\n".join(line for line in (made.get("NIX_CONFIG", ""), *lines) if line)
+    if text:
+        made["NIX_CONFIG"] = text
+
+
+def _overlay_lines(nix: NixSpec, facts: NixFacts) -> list[str]:
+    return [
         f"extra-experimental-features = {FEATURE}",
-        f"store = {store_url(socket_name, check_mount=not facts.host_store)}",
+        f"store = {store_url(nix.socket.name, check_mount=not facts.host_store)}",
+        *_builder_lines(facts),
     ]
+
+
+def _builder_lines(facts: NixFacts) -> list[str]:
     if facts.unprivileged:
-        lines.append("require-drop-supplementary-groups = false")
-    elif not facts.has_build_group:
-        lines.append("build-users-group =")
-    return lines
+        return ["require-drop-supplementary-groups = false"]
+    return [] if facts.has_build_group else [NO_BUILD_USERS]

@@ -1,0 +1,75 @@
+"""What has to be done for Nix inside the environment before the command starts: by init, which sees the merged store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from veneer.environment import syscalls
+from veneer.environment.nix.settings import LOGS, STATE
+from veneer.environment.spec import NixSpec
+from veneer.model.errors import MachineError, printable
+
+PROGRAM = "nix-daemon"
+SOCKET = f"{STATE}/daemon-socket/socket"
+LOG = f"{LOGS}/nix-daemon.log"
+_FIRST_INHERITED = 3
+"""As in socket activation: the listening socket is this descriptor."""
+
+
+def prepare(nix: NixSpec, daemon_environ: Mapping[str, str]) -> int:
+    """Fill the database, or start the nix-daemon, as ``nix.mode`` says; the nix-daemon's pid, or 0.
+
+    VeneerError when the database cannot be filled, MachineError when there is no nix-daemon.
+    """
+    if nix.mode == "filled":
+        from veneer.environment.nix import database
+
+        database.fill(Path(STATE), nix.registered, now=int(time.time()))
+    if nix.mode != "daemon":
+        return 0
+    place = Path(SOCKET).parent
+    place.mkdir(parents=True, exist_ok=True)
+    Path(LOGS).mkdir(parents=True, exist_ok=True)
+    if not any(
+        os.access(Path(directory, PROGRAM), os.X_OK) for directory in os.get_exec_path(daemon_environ)
+    ):
+        raise MachineError(
+            f"{PROGRAM} is not in PATH",
+            where=printable(daemon_environ.get("PATH", "")),
+            hint="use --nix overlay",
+        )
+    with socket.socket(socket.AF_UNIX) as listening:
+        Path(SOCKET).unlink(missing_ok=True)
+        listening.bind(SOCKET)
+        Path(SOCKET).chmod(0o666)
+        # It listens from now on: whoever connects before the daemon is up waits for it.
+        listening.listen(64)
+        pid = os.fork()
+        if pid == 0:
+            _become_daemon(listening, daemon_environ)
+    return pid
+
+
+def _become_daemon(listening: socket.socket, environ: Mapping[str, str]) -> NoReturn:
+    try:
+        os.setsid()
+        syscalls.reset_signal_handlers()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        null = os.open(os.devnull, os.O_RDWR)
+        log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        inherited = os.dup(listening.fileno())  # out of the way of what is put in its place
+        for fd, target in ((null, 0), (log, 1), (log, 2), (inherited, _FIRST_INHERITED)):
+            os.dup2(fd, target)
+        os.closerange(_FIRST_INHERITED + 1, os.sysconf("SC_OPEN_MAX"))
+        made = {**environ, "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+        os.execvpe(PROGRAM, [PROGRAM], made)
+    except OSError as error:
+        os.write(2, f"veneer: {PROGRAM}: {error.strerror}\n".encode())
+    finally:
+        os._exit(127)
