@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from tests.support.users import OtherUser
-from veneer.cli.demo import _server, _wait_for_daemon
+from veneer.cache.directory import wait_until_free
+from veneer.cli.demo import _server
 from veneer.cli.demo_cache import Content, File, Link, add_path, write_header
 from veneer.cli.demo_closure import Closure, find_program, plan_of
 from veneer.formats.signature import SecretKey
@@ -91,7 +92,7 @@ def served(made: tuple[Path, str, Closure], tmp_path: Path) -> Iterator[Served]:
     )
     with _server(directory) as url:
         yield Served(url, key, directory, closure, tmp_path)
-    _wait_for_daemon(tmp_path / "cache")
+    wait_until_free(tmp_path / "cache", 10)
 
 
 @pytest.mark.fuse
@@ -359,7 +360,7 @@ def test_a_kept_demo_can_be_tried_by_hand(tmp_path: Path) -> None:
     ]
     assert run_veneer("run", *words[:4], *own, "true").returncode == 0
     assert run_veneer("demo", "--keep", str(tmp_path / "kept")).returncode == 2
-    _wait_for_daemon(tmp_path / "kept" / "cache")
+    wait_until_free(tmp_path / "kept" / "cache", 10)
 
 
 @pytest.mark.fuse

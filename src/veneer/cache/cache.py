@@ -131,17 +131,18 @@ class Cache:
         clock: Callable[[], float],
         max_bytes: int | None = None,
         shared: bool = False,
+        lock_seconds: float = 0,
         boot_id: Callable[[], str] = read_boot_id,
         fault: Callable[[str], None] = lambda step: None,
     ) -> Cache:
         """Makes or opens the cache in ``root``.
 
         ``clock``: seconds since the epoch. ``max_bytes``: what ``evict`` keeps to; None: no limit. ``shared``: other
-        users' mount servers may read. ``fault``: told each numbered step of writing (for crash tests).
+        users' mount servers may read. ``lock_seconds``: how long to wait for a daemon that ends. ``fault``: told each numbered step of writing (for crash tests).
         CacheError: another daemon owns it, another user's, written by a newer Veneer, or the file system refuses.
         """
         directory.prepare(root, shared=shared)
-        lock = directory.lock(root)
+        lock = directory.lock(root, seconds=lock_seconds)
         moved: Path | None = None
         try:
             while True:

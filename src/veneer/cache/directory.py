@@ -2,6 +2,7 @@
 
     CACHEDIR.TAG     tells backup programs to leave it out
     lock             flock of the one daemon that writes; holds its process id
+    starting         flock of the one daemon that starts: until it listens, or has given up
     index.sqlite     all rows; beside it -wal and -shm, and index.sqlite.damaged once SQLite found it broken
     trees/ nars/     published files, in 256 directories by the last two digits of the path number
     incoming/        files being written
@@ -16,6 +17,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from veneer.model.errors import CacheError, CacheFullError, CacheInUseError
@@ -24,8 +28,14 @@ PUBLISHED = ("trees", "nars")
 PRIVATE = ("incoming", "quarantine")
 INDEX = "index.sqlite"
 LOCK = "lock"
+STARTING = "starting"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This directory was made by Veneer and can be made again.\n"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_WAIT = """
+import fcntl, signal, sys
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+fcntl.flock(0, fcntl.LOCK_EX)
+"""
 
 
 def cache_error(error: OSError, where: str | Path, doing: str) -> CacheError:
@@ -98,14 +108,18 @@ def _set_mode(path: Path, present: int, wanted: int) -> None:
         path.chmod(wanted)
 
 
-def lock(root: Path) -> int:
-    """A descriptor that holds the cache until closed (or until the process ends). CacheError when another has it."""
-    path = root / LOCK
+def lock(root: Path, name: str = LOCK, *, seconds: float = 0) -> int:
+    """A descriptor that holds the cache until closed (or until the process ends).
+
+    ``seconds``: how long to wait for another to let go of it; CacheInUseError when it does not. CacheError: no lock here.
+    """
+    path = root / name
+    deadline = time.monotonic() + seconds
     try:
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(fd, deadline - time.monotonic())
                 held = os.fstat(fd)
                 # The file may have been deleted and made anew between open and flock: then two could hold "the" lock.
                 if path.exists() and os.path.samestat(held, path.stat()):
@@ -120,6 +134,37 @@ def lock(root: Path) -> int:
             os.close(fd)
     except OSError as error:
         raise cache_error(error, path, "lock") from error
+
+
+def wait_until_free(root: Path, seconds: float) -> bool:
+    """Waits until no daemon holds the cache; False when one still does after ``seconds``."""
+    try:
+        fd = os.open(root / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        _flock(fd, seconds)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _flock(fd: int, seconds: float) -> None:
+    """Locks the open file. BlockingIOError: another holds it, still after ``seconds``.
+
+    A child waits in our place: flock has no time limit, and a lock belongs to the open file, which we share. Its own
+    timer ends it, so it outlives neither the limit nor its use.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if seconds <= 0:
+            raise
+        child = [sys.executable, "-I", "-S", "-c", _WAIT, str(seconds)]
+        if subprocess.run(child, stdin=fd, check=False).returncode:
+            raise
 
 
 def _taken(root: Path, fd: int) -> CacheInUseError:

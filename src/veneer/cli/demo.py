@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from veneer.cache.directory import wait_until_free
 from veneer.cli.options import json_option
 from veneer.cli.output import Output, count, format_seconds, format_size, number, table
 from veneer.model.errors import UsageError, VeneerError
@@ -109,7 +109,7 @@ def _directory(keep: str | None) -> Iterator[Path]:
     try:
         yield root
     finally:
-        _wait_for_daemon(root / "cache")
+        wait_until_free(root / "cache", _DAEMON_SECONDS)  # the private daemon outlives its last client
         if keep is None:
             shutil.rmtree(root)
 
@@ -225,19 +225,3 @@ def _text(document: dict[str, object]) -> str:
         f"again, from the cache: {format_size(runs[1]['fetched'])} fetched in {format_seconds(runs[1]['seconds'])}",
     ]
     return "\n".join(lines)
-
-
-def _wait_for_daemon(cache: Path) -> None:
-    """Until the private daemon has let go of its cache directory: it outlives its last client for a moment."""
-    lock = cache / "lock"
-    if not lock.exists():
-        return
-    deadline = time.monotonic() + _DAEMON_SECONDS
-    with open(lock, "rb") as file:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.02)  # waiting in the kernel would have no limit
-            else:
-                return

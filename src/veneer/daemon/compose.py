@@ -18,8 +18,10 @@ from veneer.store.views import View, ViewConfig, open_view
 Clock = Callable[[], float]
 
 
-def open_cache(root: Path, clock: Clock, *, max_bytes: int | None, shared: bool) -> Cache:
-    return Cache.open(root, clock=clock, max_bytes=max_bytes, shared=shared)
+def open_cache(
+    root: Path, clock: Clock, *, max_bytes: int | None, shared: bool, lock_seconds: float = 0
+) -> Cache:
+    return Cache.open(root, clock=clock, max_bytes=max_bytes, shared=shared, lock_seconds=lock_seconds)
 
 
 def build_store(cache: Cache, clock: Clock, notices: Notices, limits: Limits) -> Store:

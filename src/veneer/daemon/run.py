@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from veneer.cache import directory
 from veneer.cache.cache import Cache
 from veneer.formats.request_wire import SOCKET_NAME
-from veneer.model.errors import CacheFullError, CacheInUseError
+from veneer.model.errors import CacheFullError
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
@@ -28,6 +30,7 @@ IDLE_SECONDS = 0.2
 """How long a private daemon outlives its last client: enough for a client that reconnects."""
 FIRST_CLIENT_SECONDS = 30.0
 LOCK_SECONDS = 10.0
+"""How long to wait for a daemon that starts, and for one that ends."""
 FLUSH_SECONDS = 0.2
 SYNC_SECONDS = 30.0
 NEGATIVE_KEPT_SECONDS = 86400.0
@@ -57,33 +60,29 @@ class DaemonSettings:
 
 def run_daemon(settings: DaemonSettings) -> bool:
     """Serve until told to stop. False: another daemon serves this cache already (``private`` only)."""
-    cache = _take(settings)
-    if cache is None:
-        return False
-    try:
-        asyncio.run(_serve(settings, cache))
-    finally:
-        cache.close()
+    root = settings.cache_root
+    directory.prepare(root, shared=settings.shared)
+    # One daemon starts at a time: who owns the cache while we start either listens or ends.
+    with ExitStack() as starting:
+        starting.callback(os.close, directory.lock(root, directory.STARTING, seconds=LOCK_SECONDS))
+        if settings.private and answers(root / SOCKET_NAME):
+            return False
+        cache = open_cache(
+            root,
+            time.time,
+            max_bytes=settings.max_bytes,
+            shared=settings.shared,
+            lock_seconds=LOCK_SECONDS if settings.private else 0,
+        )
+        try:
+            asyncio.run(_serve(settings, cache, starting.close))
+        finally:
+            cache.close()
     return True
 
 
-def _take(settings: DaemonSettings) -> Cache | None:
-    """The cache, once its lock is free. A private daemon gives way to one that answers on the socket."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return open_cache(
-                settings.cache_root, time.time, max_bytes=settings.max_bytes, shared=settings.shared
-            )
-        except CacheInUseError:
-            if not settings.private or time.monotonic() > deadline:
-                raise
-        if answers(settings.cache_root / SOCKET_NAME):
-            return None
-        time.sleep(0.02)  # the other daemon starts or ends: its lock cannot be waited for without keeping it
-
-
-async def _serve(settings: DaemonSettings, cache: Cache) -> None:
+async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[], None]) -> None:
+    """``listening``: told once clients may connect."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -113,6 +112,7 @@ async def _serve(settings: DaemonSettings, cache: Cache) -> None:
         own = sessions.enter(settings.default_view, may_control=False, peer=DEFAULT_NAME, send=lambda _: None)
         await workers.open_default(own)
     sock = listen(cache.root / SOCKET_NAME, settings.shared)
+    listening()
     server = await asyncio.start_unix_server(requests.connected, sock=sock)
     flushing = asyncio.create_task(_flush(cache, store))
     if settings.client_fd is not None:

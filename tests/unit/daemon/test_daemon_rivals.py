@@ -1,0 +1,139 @@
+"""Two daemons for one cache directory: who waits for whom, and for how long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.callers import eventually
+from veneer.cache import directory
+from veneer.cache.cache import Cache
+from veneer.daemon import run
+from veneer.daemon.listening import answers
+from veneer.daemon.run import DaemonSettings, run_daemon
+from veneer.model.errors import CacheInUseError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from veneer.cache.cache import Cache
+with Cache.open(Path(sys.argv[1]), clock=time.time):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def children() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+def holder(cache: Path) -> subprocess.Popen[bytes]:
+    """A process that holds the cache and does not listen, until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"open\n"
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.communicate(timeout=20)
+
+
+def daemon(cache: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A private daemon and its first client's socket."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "veneer.daemon", "--cache", str(cache), "--exit-when-idle"]
+    with theirs:
+        process = subprocess.Popen(
+            [*command, "--client-fd", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+        )
+    return process, ours
+
+
+def test_a_private_daemon_takes_over_from_one_that_ends(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    ending = holder(cache)
+    process, client = daemon(cache)
+    try:
+        eventually(lambda: waiting_child(process.pid))
+        end(ending)
+        eventually(lambda: answers(cache / "daemon.sock"))
+        assert (cache / "lock").read_text() == f"{process.pid}\n"
+    finally:
+        client.close()
+        end(ending)
+        assert process.wait(20) == 0
+
+
+def waiting_child(pid: int) -> bool:
+    """Whether the process has a child: the one that waits for the lock."""
+    return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+def test_of_many_private_daemons_that_start_at_once_one_serves_and_the_others_give_way(
+    tmp_path: Path,
+) -> None:
+    cache = tmp_path / "cache"
+    started = [daemon(cache) for _ in range(5)]
+    try:
+        eventually(lambda: sum(p.poll() is None for p, _ in started) == 1 and answers(cache / "daemon.sock"))
+        assert sorted(p.poll() is None for p, _ in started) == [False] * 4 + [True]
+        assert [p.returncode for p, _ in started if p.poll() is not None] == [0] * 4
+    finally:
+        for process, client in started:
+            client.close()
+            assert process.wait(20) == 0
+
+
+def test_a_private_daemon_gives_up_after_its_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "LOCK_SECONDS", 0.2)
+    cache = tmp_path / "cache"
+    busy = holder(cache)
+    before = children()
+    try:
+        began = time.monotonic()
+        with pytest.raises(CacheInUseError, match=f"pid {busy.pid}"):
+            run_daemon(DaemonSettings(cache, private=True))
+        assert 0.2 <= time.monotonic() - began < 5
+        assert children() == before
+    finally:
+        end(busy)
+
+
+def test_a_daemon_of_its_own_does_not_wait(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    busy = holder(cache)
+    try:
+        with pytest.raises(CacheInUseError, match=f"pid {busy.pid}"):
+            run_daemon(DaemonSettings(cache))
+    finally:
+        end(busy)
+
+
+def test_waiting_for_a_free_cache_has_a_limit_and_leaves_it_free(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert directory.wait_until_free(cache, 0.1)  # there is none
+    busy = holder(cache)
+    before = children()
+    try:
+        assert not directory.wait_until_free(cache, 0.1)
+        assert children() == before
+        busy.send_signal(signal.SIGKILL)
+        assert directory.wait_until_free(cache, 20)
+    finally:
+        end(busy)
+    with Cache.open(cache, clock=time.time):
+        pass
