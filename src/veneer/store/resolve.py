@@ -72,14 +72,14 @@ class Resolver:
             return
         if failures:
             raise _worst(failures)
-        raise AbsentError(path, view.negative_ttl)
+        raise AbsentError(path, _believed(view, path))
 
     async def best(self, view: View, path: StorePath, account: Account) -> Candidate:
         """The first candidate."""
         async with aclosing(self.candidates(view, path, account)) as candidates:
             async for candidate in candidates:
                 return candidate
-        raise AbsentError(path, view.negative_ttl)
+        raise AbsentError(path, _believed(view, path))
 
     async def path_info(self, view: View, path: StorePath, account: Account) -> PathInfo:
         """The best candidate's path info."""
@@ -127,6 +127,17 @@ class Resolver:
                 known = source.recall(hash_part)
                 if isinstance(known, UnverifiedPathInfo):
                     yield source, known
+
+
+def _believed(view: View, path: StorePath) -> float:
+    """Seconds for which no source has to be asked again: the least of what is left of their answers."""
+    left = view.negative_ttl
+    for source in view.chain.sources:
+        if isinstance(source, RememberedSource):
+            known = source.recall(path.hash_part)
+            if not isinstance(known, UnverifiedPathInfo):  # that was another name, or one that nobody signed
+                left = min(left, known or 0.0)
+    return left
 
 
 def _worst(failures: list[Exception]) -> Exception:

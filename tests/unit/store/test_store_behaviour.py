@@ -180,6 +180,29 @@ def test_an_absent_path_is_absent_until_its_time_and_then_asked_again(tmp_path: 
     run(tmp_path, body)
 
 
+def test_an_absence_is_told_with_what_is_left_of_its_time(tmp_path: Path) -> None:
+    path = PATHS["text"]
+    empty = copy_of("zstd", tmp_path / "empty")
+    (empty / f"{path.hash_part}.narinfo").unlink()
+
+    async def body(bench: Bench) -> None:
+        first = bench.view(f"file://{empty}", ttl=10)
+        both = bench.view(f"file://{empty}", f"file://{empty}?priority=50&other=1", ttl=10)
+        with pytest.raises(AbsentError) as caught:
+            await bench.store.lookup(first, path, bench.account)
+        assert caught.value.seconds == 10
+        bench.clock.now += 7
+        for view in (first, both):  # the second source is asked now, and its answer holds longer
+            with pytest.raises(AbsentError) as caught:
+                await bench.store.lookup(view, path, bench.account)
+            assert caught.value.seconds == pytest.approx(3)
+        with pytest.raises(AbsentError) as caught:
+            await bench.store.lookup(bench.view(f"file://{empty}", ttl=0), path, bench.account)
+        assert caught.value.seconds == 0
+
+    run(tmp_path, body)
+
+
 def test_another_name_with_the_same_hash_part_is_absent(tmp_path: Path) -> None:
     async def body(bench: Bench) -> None:
         with pytest.raises(AbsentError):
