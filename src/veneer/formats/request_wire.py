@@ -16,7 +16,7 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | CONTENT | u64 path number, u64 offset, u64 size: bytes of the NAR | READY or FAILED |
 | | LOOKUP, TREE and CONTENT may have any number of PROGRESS before their reply: content is arriving | |
 | CANCEL | u64 id of a request no longer wanted | none; the request may still be answered |
-| TOUCHED | n x (u64 path number, u64 bytes read since the last report) | none |
+| TOUCHED | n x (u64 path number, u64 bytes read since the last report), n at most TOUCHED_ROWS | none |
 | CONTROL | JSON: {"do": verb, ...} | any number of PROGRESS, then RESULT or FAILED |
 
 | reply or notice | body |
@@ -31,7 +31,8 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | DROPPED (notice) | u64 path number: its NAR file was unlinked; close it and ask again |
 | QUARANTINED (notice) | u64 path number, base name: forget both and invalidate them in the kernel |
 
-Who enforces what: this module refuses unknown kinds, wrong sizes and bodies over MAX_BODY before they are asked for;
+Who enforces what: this module refuses unknown kinds, wrong sizes, bodies over MAX_BODY and more than TOUCHED_ROWS before
+they are asked for;
 ``daemon.requests`` enforces who may send CONTROL and bring a view, and how many requests may be open.
 """
 
@@ -45,6 +46,8 @@ from veneer.model.errors import FormatError, LimitError
 
 VERSION = 1
 MAX_BODY = 16 << 20
+TOUCHED_ROWS = 4096
+"""Of one frame: the daemon goes through them between two other requests."""
 HEADER = struct.Struct("<IB3xQ")
 SOCKET_NAME = "daemon.sock"
 
@@ -113,6 +116,8 @@ def parse_header(header: bytes) -> tuple[int, Kind, int]:
     size = _FIXED.get(kind)
     if size is not None and length != size:
         raise FormatError(f"{kind.name} of {length} bytes, not {size}", where="request protocol")
+    if kind is Kind.TOUCHED and length > TOUCHED_ROWS * _FOUND.size:
+        raise LimitError(f"TOUCHED of {length} bytes announced", where="request protocol")
     return length, kind, request
 
 
@@ -200,8 +205,12 @@ def ready(body: bytes) -> tuple[int, int, int, bool]:
     return number, start, end, bool(whole)
 
 
-def touched_body(rows: list[tuple[int, int]]) -> bytes:
-    return b"".join(_FOUND.pack(number, size) for number, size in rows)
+def touched_bodies(rows: list[tuple[int, int]]) -> list[bytes]:
+    """Bodies of as many TOUCHED as the rows need."""
+    return [
+        b"".join(_FOUND.pack(number, size) for number, size in rows[at : at + TOUCHED_ROWS])
+        for at in range(0, len(rows), TOUCHED_ROWS)
+    ]
 
 
 def touched(body: bytes) -> list[tuple[int, int]]:

@@ -67,11 +67,15 @@ class Parked:
 
 @dataclass(slots=True)
 class _Ask:
-    """A question to the daemon. ``id`` changes with each connection; 0 while there is none."""
+    """A question to the daemon. ``id`` changes with each connection; 0 until it was sent.
+
+    ``waiting``: by their ``unique``, those of ``_parked`` that wait for it. It outlives them once it was sent: the
+    daemon is at work on it.
+    """
 
     key: Key
     body: bytes
-    waiting: list[Parked]
+    waiting: dict[int, Parked]
     id: int = 0
 
 
@@ -121,16 +125,18 @@ class Misses:
             unique = parked.unique & ~RESENT
             if unique in self._interrupted:
                 return False
-            if len(self._parked) >= MAX_PARKED:
+            if max(len(self._parked), len(self._asks)) >= MAX_PARKED:
                 raise DaemonError(f"{MAX_PARKED} requests wait for the store daemon already")
+            if (older := self._parked.get(unique)) is not None:
+                self._unpark(older)  # the kernel sent it again
             parked.key = (kind, key)
             self._parked[unique] = parked
             ask = self._asks.get(parked.key)
             if ask is not None:
-                ask.waiting.append(parked)
+                ask.waiting[unique] = parked
                 return True
             parked.asked[kind] = parked.asked.get(kind, 0) + 1
-            ask = self._asks[parked.key] = _Ask(parked.key, _body(what), [parked])
+            ask = self._asks[parked.key] = _Ask(parked.key, _body(what), {unique: parked})
             if self._welcome:
                 self._send(ask)
         os.eventfd_write(self._wake, 1)
@@ -139,12 +145,13 @@ class Misses:
     def interrupt(self, target: int) -> int | None:
         """The ``unique`` to answer with EINTR, when the request was parked. Otherwise it is remembered."""
         with self._lock:
-            parked = self._parked.pop(target & ~RESENT, None)
+            parked = self._parked.get(target & ~RESENT)
             if parked is None:
                 self._interrupted[target & ~RESENT] = None
                 if len(self._interrupted) > REMEMBERED_INTERRUPTS:
                     del self._interrupted[next(iter(self._interrupted))]
                 return None
+            self._unpark(parked)
             return parked.unique
 
     def root_lookups(self) -> int:
@@ -231,9 +238,8 @@ class Misses:
                 told = now
                 if rows := self._tally.news():
                     with self._lock:
-                        self._outbox += Frame(
-                            Kind.TOUCHED, self._take_id(), request_wire.touched_body(rows)
-                        ).encode()
+                        for body in request_wire.touched_bodies(rows):
+                            self._outbox += Frame(Kind.TOUCHED, self._take_id(), body).encode()
 
     def _tick(self) -> float:
         """Seconds until something has to be looked at even when nothing is received."""
@@ -258,6 +264,9 @@ class Misses:
             self._welcome = False
             self._by_id.clear()
             self._outbox.clear()
+            self._asks = {key: ask for key, ask in self._asks.items() if ask.waiting}
+            for ask in self._asks.values():
+                ask.id = 0
 
     def _received(self, frame: Frame) -> None:
         if frame.kind is Kind.WELCOME:
@@ -291,13 +300,8 @@ class Misses:
             self.renewed(void)
         with self._lock:
             self._welcome = True
-            for ask in [a for a in self._asks.values() if not self._wanted(a)]:
-                del self._asks[ask.key]
             for ask in self._asks.values():
                 self._send(ask)
-
-    def _wanted(self, ask: _Ask) -> bool:
-        return any(self._parked.get(p.unique & ~RESENT) is p for p in ask.waiting)
 
     def _refused(self, code: int, story: str) -> None:
         """The daemon does not take us (our view, another version): nothing will come of waiting."""
@@ -308,7 +312,7 @@ class Misses:
     def _heard(self, request: int) -> None:
         with self._lock:
             ask = self._by_id.get(request)
-            for parked in ask.waiting if ask is not None else ():
+            for parked in ask.waiting.values() if ask is not None else ():
                 parked.heard = time.monotonic()
 
     def _replied(self, frame: Frame) -> None:
@@ -317,7 +321,7 @@ class Misses:
             if ask is None:
                 return
             del self._asks[ask.key]
-            waiting = [p for p in ask.waiting if self._parked.get(p.unique & ~RESENT) is p]
+            waiting = list(ask.waiting.values())
             for parked in waiting:
                 del self._parked[parked.unique & ~RESENT]
         try:
@@ -388,8 +392,17 @@ class Misses:
         with self._lock:
             taken = [p for p in self._parked.values() if which(p)]
             for parked in taken:
-                del self._parked[parked.unique & ~RESENT]
+                self._unpark(parked)
         return taken
+
+    def _unpark(self, parked: Parked) -> None:
+        """Under the lock."""
+        unique = parked.unique & ~RESENT
+        del self._parked[unique]
+        ask = self._asks[parked.key]
+        del ask.waiting[unique]
+        if not ask.waiting and not ask.id:
+            del self._asks[ask.key]
 
     def _fail(self, parked: Parked, code: int, story: str) -> None:
         kind, key = parked.key
