@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -55,8 +54,7 @@ def test_full_disk_is_met_by_eviction_and_the_write_is_repeated(small: Path) -> 
             piece = content[start : start + (64 << 10)]
             try:
                 incoming.write(piece)
-            except CacheFullError as error:
-                assert error.errno == errno.ENOSPC
+            except CacheFullError:
                 evicted += cache.evict(need=MIB - incoming.size)
                 incoming.write(piece)
         cache.nars.admit(number, verified(incoming, 9, MIB))

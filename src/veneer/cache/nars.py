@@ -65,7 +65,7 @@ class IncomingNar:
         return self._fd
 
     def write(self, data: Bytes) -> None:
-        """Appends all of ``data`` or nothing: after CacheFullError (errno ENOSPC) evict and call it again."""
+        """Appends all of ``data`` or nothing: after CacheFullError evict and call it again."""
         rest = memoryview(data).cast("B")
         at = self.size
         try:

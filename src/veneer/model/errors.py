@@ -99,9 +99,10 @@ class CacheInUseError(CacheError):
 
 
 class CacheFullError(CacheError):
-    """No space left in the cache's file system: evict and try again."""
+    """No space left in the cache's file system: evict and try again.
 
-    errno = _errno.ENOSPC
+    EIO all the same for a reader of the mount, who wrote nothing.
+    """
 
 
 class DaemonError(VeneerError):

@@ -111,7 +111,6 @@ def test_failures_of_the_file_system_come_with_a_hint(number: int, hint: str) ->
 def test_full_disk_and_full_quota_are_the_same_error(number: int) -> None:
     error = directory.cache_error(OSError(number, "x"), "/cache/file", "write to")
     assert isinstance(error, CacheFullError)
-    assert error.errno == errno.ENOSPC
 
 
 def test_file_in_place_of_the_directory_is_told(tmp_path: Path) -> None:

@@ -141,9 +141,8 @@ def test_write_that_fails_leaves_what_was_there_and_can_be_repeated(
         return real(fd, data[:3], offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CacheFullError, match="No space left") as caught:
+    with pytest.raises(CacheFullError, match="No space left"):
         incoming.write(b"twice tried")
-    assert caught.value.errno == errno.ENOSPC
     assert os.fstat(incoming.fileno).st_size == incoming.size == 7
     incoming.write(b"twice tried")
     assert incoming.path.read_bytes() == b"before twice tried"

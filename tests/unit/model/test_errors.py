@@ -22,6 +22,12 @@ def test_only_a_missing_path_is_enoent() -> None:
     assert [k for k in kinds if k.errno == errno.ENOENT] == [NotFoundError]
 
 
+def test_a_reader_gets_eio_for_everything_else_also_when_the_caches_disk_is_full() -> None:
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, VeneerError)]
+    assert {k.errno for k in kinds if k is not NotFoundError} == {errno.EIO}
+    assert errors.CacheFullError.exit_code == 7
+
+
 @pytest.mark.parametrize("text", ["a\nb", "\x1b]0;x\x07", "\x9b", "\u202e", "\udcff"])
 def test_control_characters_are_escaped(text: str) -> None:
     assert printable(text).isprintable()
