@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.nix, pytest.mark.n
 
 Serve = Callable[..., Nginx]
 CONFIGURATION = """\
-experimental-features = nix-command ca-derivations
+experimental-features = nix-command
 sandbox-paths = {sandbox_paths}
 substituters =
 max-jobs = 2
@@ -187,10 +189,8 @@ def test_built_paths_are_copied_out(nix: Inside, make_real_nix: Callable[[str], 
 def test_content_addressed_outputs_are_built_and_found_again(nix: Inside) -> None:
     file = nix.caller.home / "addressed.nix"
     file.write_text(CONTENT_ADDRESSED.format(path=f'${{builtins.storePath "{nix.sample.paths["many"]}"}}'))
-    lines = nix.output(
-        f"nix-build --no-out-link {file}; nix-build --no-out-link {file}; cat $(nix-build --no-out-link {file})"
-    )
-    first, second, content = lines.splitlines()
+    build = f"nix-build --extra-experimental-features ca-derivations --no-out-link {file}"
+    first, second, content = nix.output(f"{build}; {build}; cat $({build})").splitlines()
     assert (first == second, content) == (True, "1 1")
 
 
@@ -213,6 +213,84 @@ def test_a_named_environment_keeps_its_paths_and_its_database(nix: Inside) -> No
     assert nix.output(script, "--name", "dev") == "1 1\n"
     done = nix.run(f"nix-store --check-validity {first[0]}")
     assert done.returncode != 0
+
+
+def test_what_is_added_again_is_not_stored_again(nix: Inside) -> None:
+    """A path that a cache has is there: neither an import nor a copy puts it into the own layer."""
+    source = nix.caller.home / "import-cache"
+    nix.sample.nix.copy([nix.sample.paths["shapes"]], f"file://{source}")
+    script = f"""
+        nix copy --no-check-sigs --from file://{source} {nix.sample.paths["shapes"]}
+        ls /.veneer/environment/upper
+    """
+    assert nix.output(script) == ""
+
+
+def test_a_damaged_path_of_the_own_layer_is_found_and_repaired(nix: Inside) -> None:
+    script = f"""
+        out=$(nix-build --no-out-link {nix.expression()})
+        file=/.veneer/environment/upper/$(basename $out)/copied
+        chmod u+w $(dirname $file) $file; echo changed > $file
+        /.veneer/remount/hook /nix/store
+        nix-store --verify --check-contents 2>&1 | grep -c "was modified" || true
+        nix-store --repair-path $out; cat $out/copied
+    """
+    assert nix.output(script).splitlines() == ["1", "1 1"]
+
+
+def test_a_path_that_a_cache_gets_later_becomes_valid_and_readable(
+    caller: Caller, nix_cache: SampleStore, nginx: Serve
+) -> None:
+    cache = caller.home / "growing"
+    shutil.copytree(nix_cache.cache(), cache)
+    narinfo = cache / f"{nix_cache.hash_part('note')}.narinfo"
+    hidden = narinfo.read_bytes()
+    narinfo.unlink()
+    caller.configure(negative_ttl=0.2)
+    inside(caller, nix_cache, nginx(cache), "trixie")
+    path = nix_cache.paths["note"]
+    script = f"""
+        ! nix-store --check-validity {path} 2>/dev/null; ! cat {path} 2>/dev/null
+        echo absent; read line
+        until nix-store --check-validity {path} 2>/dev/null && cat {path} 2>/dev/null; do :; done
+    """
+    process = caller.popen(caller.words("run", "--", "bash", "-euc", script))
+    try:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "absent\n"
+        narinfo.write_bytes(hidden)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "a note\n"
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_nix_goes_on_when_the_daemon_was_killed(caller: Caller, nix_cache: SampleStore, nginx: Serve) -> None:
+    inside(caller, nix_cache, nginx(nix_cache.cache()), "trixie")
+    first, second = nix_cache.paths["note"], nix_cache.paths["several.dev"]
+    script = f"""
+        nix-store --check-validity {first}; echo up; read line
+        nix-store -qR {second} || nix-store -qR {second}
+    """
+    process = caller.popen(caller.words("run", "--", "bash", "-euc", script))
+    try:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "up\n"
+        killed = caller.daemon_pid()
+        os.kill(killed, signal.SIGKILL)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        found = process.stdout.read().split()
+        assert process.wait(60) == 0, process.stderr.read() if process.stderr else ""
+    finally:
+        process.kill()
+        process.communicate()
+    assert sorted(found) == sorted(nix_cache.closure("several.dev"))
 
 
 # A nix-daemon of the environment's own, for all users inside.
@@ -238,7 +316,9 @@ def multi_user(
     as_root.prefix = ["unshare", "--mount", "--propagation", "private", *script]
     nix = inside(as_root, nix_cache, nginx(nix_cache.cache()), request.param)
     conf = Path(as_root.environment["NIX_CONF_DIR"]) / "nix.conf"
-    conf.write_text(conf.read_text() + "sandbox = false\n")  # inside one, every builder believes to be user 1000
+    conf.write_text(
+        conf.read_text() + "sandbox = false\n"
+    )  # inside one, every builder believes to be user 1000
     return nix
 
 
