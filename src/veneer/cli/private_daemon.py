@@ -22,7 +22,7 @@ from veneer.cli.client import ANSWER_SECONDS, LOG_NAME, Client, connect
 from veneer.cli.config import Settings
 from veneer.cli.output import Output
 from veneer.daemon.listening import DEFAULT_NAME, DIRECTORY, listen
-from veneer.model.errors import CacheError, DaemonError, VeneerError
+from veneer.model.errors import CacheError, DaemonError, MachineError, VeneerError
 
 START_SECONDS = 20.0
 """How long a command waits for the daemon that it started."""
@@ -169,6 +169,14 @@ def start(settings: Settings, session: str = "", nix_socket: socket.socket | Non
             start_new_session=True,  # Ctrl-C is for the user's command
             cwd="/",
         )
+    except OSError as error:
+        ours.close()
+        hint = "a process needs /dev/null: mode 0666, no nodev" if error.filename == os.devnull else ""
+        raise MachineError(
+            f"the store daemon cannot be started: {error.strerror}",
+            where=str(error.filename or ""),
+            hint=hint,
+        ) from error
     finally:
         os.close(log_fd)
         theirs.close()

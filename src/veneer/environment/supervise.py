@@ -37,7 +37,7 @@ from veneer.environment.init import OUR_FAULT, InitTask, run_init
 from veneer.environment.nix import settings
 from veneer.environment.plan import Step, plan
 from veneer.environment.spec import RunOutcome, RunSpec
-from veneer.model.errors import CacheError, VeneerError
+from veneer.model.errors import CacheError, MachineError, VeneerError
 
 Warn = Callable[[str], None]
 
@@ -381,8 +381,14 @@ def _standard_descriptors() -> Iterator[None]:
     """Keep 0, 1, 2 from being taken by descriptors of ours when the caller closed them; exec closes them again."""
     opened: list[int] = []
     try:
-        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
-            opened.append(fd)
+        try:
+            while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+                opened.append(fd)
+        except OSError as error:
+            hint = "it is a character device with mode 0666, on a file system without nodev"
+            raise MachineError(
+                f"{os.devnull} cannot be opened: {error.strerror}", where=os.devnull, hint=hint
+            ) from error
         os.close(fd)
         yield
     finally:
