@@ -304,8 +304,15 @@ def nix_conf_files(environ: Mapping[str, str]) -> list[Path]:
 
 
 def nix_settings(environ: Mapping[str, str]) -> NixSettings:
+    """The user's Nix settings, typed."""
+    from veneer.formats.nix_conf import settings
+
+    return settings(nix_values(environ))
+
+
+def nix_values(environ: Mapping[str, str]) -> dict[str, str]:
     """The user's Nix settings: files, then NIX_CONFIG. Files that cannot be read count as absent, as for Nix."""
-    from veneer.formats.nix_conf import parse_nix_conf, settings
+    from veneer.formats.nix_conf import parse_nix_conf
 
     def text_of(name: str) -> str | None:
         try:
@@ -322,7 +329,7 @@ def nix_settings(environ: Mapping[str, str]) -> NixSettings:
         values = parse_nix_conf(environ["NIX_CONFIG"], path="NIX_CONFIG", include=text_of, base=values)
     if "netrc-file" not in values and environ.get("NIX_CONF_DIR"):
         values["netrc-file"] = str(Path(environ["NIX_CONF_DIR"]) / "netrc")
-    return settings(values)
+    return values
 
 
 def _netrc(environ: Mapping[str, str], nix: NixSettings | None) -> str | None:

@@ -24,13 +24,15 @@ COMMANDS = {
     "ls": "List a store path's files without mounting anything.",
     "cat": "Print a file of a store path without mounting anything.",
     "status": "Show the daemon, its sources, the cache and recent failures.",
+    "doctor": "Find what is wrong with the machine, the sources or Nix, and the fix.",
+    "config": "Print the lines for your own nix.conf.",
     "gc": "Drop cached content that was not used for longest.",
     "pin": "Keep store paths in the cache, or list what is kept.",
     "unpin": "Let a pinned name go.",
     "mount": "Mount the store on a directory until interrupted.",
     "daemon": "Serve one cache directory in the foreground.",
 }
-MODULES = {"unpin": "pin"}
+MODULES = {"unpin": "pin", "config": "config_nix"}
 RUN_FAILURE = 125
 """Exit code of ``run`` for failures of our own, as env(1) and timeout(1) have it."""
 

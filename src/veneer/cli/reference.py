@@ -1,6 +1,6 @@
 """``python -m veneer.cli.reference [DIR]``: the reference pages of the command line, made from the code.
 
-Writes ``cli.md``, ``exit-codes.md`` and ``configuration.md`` into DIR (default docs/reference). A test fails when the files
+Writes ``cli.md``, ``exit-codes.md``, ``configuration.md`` and ``doctor.md`` into DIR (default docs/reference). A test fails when the files
 there differ from what this would write.
 """
 
@@ -16,6 +16,7 @@ import click
 
 from veneer.cli.config import KEYS, SOURCE_KEYS, Key
 from veneer.cli.main import COMMANDS, RUN_FAILURE, group
+from veneer.doctor.checks import page
 from veneer.model import errors
 
 _GENERATED = "<!-- Made by `python -m veneer.cli.reference`; change the code, not this page. -->\n"
@@ -27,6 +28,7 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(),
         "exit-codes.md": exit_codes_page(),
         "configuration.md": configuration_page(),
+        "doctor.md": page(),
     }
 
 
@@ -36,7 +38,13 @@ def cli_page() -> str:
     for name in COMMANDS:
         command = group.get_command(context, name)
         assert command is not None
-        parts.append(_command(command, click.Context(command, parent=context, info_name=name)))
+        inner = click.Context(command, parent=context, info_name=name)
+        parts.append(_command(command, inner))
+        if isinstance(command, click.Group):
+            parts += (
+                _command(below, click.Context(below, parent=inner, info_name=name))
+                for name, below in command.commands.items()
+            )
     return "\n".join(parts)
 
 
@@ -54,7 +62,7 @@ def _command(command: click.Command, context: click.Context) -> str:
             if "--help" in names:
                 continue
             rows.append((f"`{names}`", text))
-    return f"## veneer {command.name}\n\n```\n{usage}\n```\n\n{_prose(command)}\n\n{_table(('option', 'meaning'), rows)}"
+    return f"## {context.command_path}\n\n```\n{usage}\n```\n\n{_prose(command)}\n\n{_table(('option', 'meaning'), rows)}"
 
 
 def _prose(command: click.Command) -> str:

@@ -3,7 +3,7 @@ r"""``local-overlay://``: the URL of Nix's overlay store, and Nix's check of the
 Source: NixOS/nix, ``local-overlay-store.cc`` and ``url.cc``; each rule compared with real Nix 2.26 and 2.34.
 
     url   = "local-overlay://?" name "=" value { "&" name "=" value }      values percent-encoded, once
-    names = lower-store, upper-layer, and optional: root | real, remount-hook, check-mount
+    names = lower-store, upper-layer, and optional: root | real, state, remount-hook, check-mount
     lower-store = a store URL of its own: "unix://" socket "?root=" lower root;     merged store = root + "/nix/store"
 
 The lower store's URL has ``?``, ``=`` and perhaps ``&`` of its own, so it is encoded as a whole. What Nix makes of others:
@@ -50,7 +50,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class OverlayStore:
-    """An overlay store over a socket and its files. All paths absolute. ``root``: "" for the machine's own /nix/store."""
+    """An overlay store over a socket and its files. All paths absolute. ``root``: "" for the machine's own /nix/store;
+    ``state_dir``: "" for the directory of databases that goes with it."""
 
     lower_socket: str
     lower_root: str
@@ -58,6 +59,7 @@ class OverlayStore:
     root: str = ""
     remount_hook: str = ""
     check_mount: bool = True
+    state_dir: str = ""
 
     @property
     def real_store_dir(self) -> str:
@@ -72,6 +74,7 @@ class OverlayStore:
         """For ``store =`` in nix.conf, ``--store`` and NIX_REMOTE."""
         fields = {
             "root": self.root,
+            "state": self.state_dir,
             "lower-store": f"unix://{quote(self.lower_socket)}?root={quote(self.lower_root)}",
             "upper-layer": self.upper_layer,
             "remount-hook": self.remount_hook,

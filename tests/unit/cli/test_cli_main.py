@@ -44,7 +44,8 @@ def test_what_prints_can_print_json() -> None:
     for name in COMMANDS:
         command = group.get_command(context, name)
         assert command is not None
-        assert any("--json" in parameter.opts for parameter in command.params), name
+        printing = command.commands.values() if isinstance(command, click.Group) else [command]
+        assert all(any("--json" in parameter.opts for parameter in each.params) for each in printing), name
 
 
 def test_errors_give_their_exit_code_and_hint(

@@ -66,4 +66,5 @@ def flags(name: str) -> set[str]:
     context = click.Context(group, info_name="veneer")
     command = group.get_command(context, name)
     assert command is not None
-    return {"--help"}.union(*(parameter.opts for parameter in command.params))
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return {"--help"}.union(*(p.opts for each in (command, *below) for p in each.params))

@@ -1,0 +1,1 @@
+"""What is wrong, why it matters, and the exact fix. No check changes anything that stays."""
