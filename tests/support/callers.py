@@ -63,7 +63,7 @@ class Caller:
 
     def configure(self, **keys: Any) -> None:
         """The configuration file; the environments lie in ``home`` in any case."""
-        keys.setdefault("environments-dir", str(self.home / "environments"))
+        keys.setdefault("environments_dir", str(self.home / "environments"))
         text = "".join(f"{name.replace('_', '-')} = {json.dumps(value)}\n" for name, value in keys.items())
         (self.home / "config.toml").write_text(text)
 

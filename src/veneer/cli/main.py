@@ -19,9 +19,13 @@ from veneer.model.errors import UsageError, VeneerError
 
 COMMANDS = {
     "run": "Run a command with the whole of your binary caches under /nix/store.",
+    "up": "Start an environment that stays until `veneer down`.",
+    "enter": "Run a command in an environment that is up.",
+    "down": "End an environment and remove what was written to its store.",
+    "diff": "List the store paths that exist only in an environment.",
     "demo": "Show the idea on this machine: offline, without Nix, in seconds.",
     "fetch": "Bring store paths into the cache ahead of time.",
-    "ls": "List a store path's files without mounting anything.",
+    "ls": "List environments, or a store path's files without mounting anything.",
     "cat": "Print a file of a store path without mounting anything.",
     "status": "Show the daemon, its sources, the cache and recent failures.",
     "doctor": "Find what is wrong with the machine, the sources or Nix, and the fix.",
@@ -34,7 +38,7 @@ COMMANDS = {
 }
 MODULES = {"unpin": "pin", "config": "config_nix"}
 RUN_FAILURE = 125
-"""Exit code of ``run`` for failures of our own, as env(1) and timeout(1) have it."""
+"""Exit code of ``run`` and ``enter`` for failures of our own, as env(1) and timeout(1) have it."""
 
 EPILOG = """\b
 Exit codes:
@@ -43,7 +47,7 @@ Exit codes:
   2  wrong usage                     7  the cache cannot be used
   3  no source has it                8  the daemon cannot be reached
   4  not trusted (signature, hash)
-`veneer run` gives the command's own status; 125 for failures of its own, 126 and 127 as a shell does.
+`veneer run` and `veneer enter` give the command's own status; 125 for failures of its own, 126 and 127 as a shell does.
 """
 
 
@@ -99,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Errors of ours are printed, never a traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     output = Output()
-    is_run = bool(arguments) and arguments[0] == "run"
+    is_run = bool(arguments) and arguments[0] in ("run", "enter")
     try:
         code = group.main(args=list(arguments), prog_name="veneer", standalone_mode=False, obj=output)
         sys.stdout.flush()

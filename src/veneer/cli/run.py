@@ -15,16 +15,22 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from veneer.cli.client import Client
-from veneer.cli.config import Flags, load_settings
+from veneer.cli.config import Flags, Settings, load_settings
+from veneer.cli.enter import has_sources_of, join, shell_or
+from veneer.cli.nix import NixFlags, nix_flags, nix_spec
 from veneer.cli.options import json_option, quiet_option, settings_flags
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import WatchedDaemon, make_cache_dir
 from veneer.cli.run_report import closing_line, combine, touched, troubles
 from veneer.model.errors import VeneerError
+
+if TYPE_CHECKING:
+    from veneer.environment import Living
 
 FIGURES_SECONDS = 5.0
 """How long the closing figures may take; without them the line says less."""
@@ -45,12 +51,7 @@ FIGURES_SECONDS = 5.0
     metavar="SECONDS",
     help="How long a read waits for missing content that does not get on before it fails.",
 )
-@click.option(
-    "--nix/--no-nix",
-    default=True,
-    show_default=True,
-    help="Have Nix inside use the merged store, with a database of the environment's own (NIX_CONFIG, NIX_STATE_DIR).",
-)
+@nix_flags
 @quiet_option("No closing line.")
 @json_option("The closing figures, and errors, as JSON on stderr; stdout is the command's.")
 @click.pass_obj
@@ -61,13 +62,13 @@ def run(
     name: str | None,
     report: str | None,
     patience: float,
-    nix: bool,
+    nix: NixFlags,
 ) -> int:
     """Run a command with the whole of your binary caches under /nix/store.
 
     Every store path of the caches is there at once; bytes are fetched, verified and kept when something reads them.
     Without COMMAND: your shell. Options of veneer stand before COMMAND. Its status is passed on, its death by a signal
-    too; 125 is a failure of veneer's own.
+    too; 125 is a failure of veneer's own. Commands with one name run in one environment, also at the same time.
 
     \b
     Examples:
@@ -75,11 +76,19 @@ def run(
       veneer run --name dev
     """
     settings = load_settings(flags)
-    words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
+    words = shell_or(command)
+    layer = None
+    if name is not None:
+        from veneer import environment
+
+        claimed = environment.claim(settings.environments_dir, name)
+        if isinstance(claimed, environment.Living):
+            return _join(output, settings, claimed, words, report)
+        layer = claimed
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
     began = time.monotonic()
-    with contextlib.closing(WatchedDaemon(settings, session, output, nix=nix)) as daemon:
+    with contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted)) as daemon:
         from veneer import environment  # while the daemon starts
 
         outcome = environment.run(
@@ -92,10 +101,11 @@ def run(
                 environ=os.environ,
                 cwd=str(Path.cwd()),
                 name=name,
-                nix_socket=daemon.nix_socket if nix else None,
+                nix=nix_spec(nix, daemon, settings.cache_dir, output),
             ),
             warn=output.warning,
             companion=daemon,
+            layer=layer,
         )
         figures = _figures(daemon.client, outcome.report, output) if report or not output.quiet else None
     document = combine(words, outcome.status, time.monotonic() - began, outcome.report, figures)
@@ -107,7 +117,17 @@ def run(
         for line in troubles(outcome.report):
             output.warning(line)
         output.note(closing_line(document))
-    return _end_as(outcome.status, outcome.signal)
+    return end_as(outcome.status, outcome.signal)
+
+
+def _join(output: Output, settings: Settings, living: Living, words: list[str], report: str | None) -> int:
+    """The command in an environment that another one owns, whose figures these are."""
+    if not has_sources_of(settings, living):
+        output.warning(f"the environment {living.name} is up with other sources or settings: those count")
+    if report is not None:
+        output.warning(f"no report: the environment {living.name} belongs to another command, which counts")
+    outcome = join(output, settings, living, words, leaves=False)
+    return end_as(outcome.status, outcome.signal)
 
 
 def _figures(client: Client, mount: Mapping[str, object], output: Output) -> dict[str, object] | None:
@@ -133,7 +153,7 @@ def _write_report(name: str, document: Mapping[str, object]) -> None:
         raise VeneerError(f"cannot write the report: {error.strerror}", where=name) from error
 
 
-def _end_as(status: int, number: int) -> int:
+def end_as(status: int, number: int) -> int:
     """The status to exit with; for a command that died by a signal, die by it."""
     if not number:
         return status

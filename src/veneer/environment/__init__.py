@@ -7,11 +7,25 @@ needed where user namespaces are on.
 Layout: ``spec`` (what to run) · ``facts`` (the host, read once) · ``plan`` (pure: steps of the new root) · ``apply`` (does
 and undoes them) · ``syscalls`` (the only ctypes) · ``namespace`` · ``upper`` (writable layers on disk) · ``serving`` (the
 mount server's process) · ``init`` (pid 1 inside) · ``channel`` (init to supervisor) · ``supervise`` (the caller's side) ·
+``living`` (who owns a named one) · ``join`` (a further command in it) · ``named`` (listed, compared, ended) ·
 ``machine`` (refusals in words).
 """
 
+from veneer.environment.join import join
+from veneer.environment.living import Living, attach, claim
 from veneer.environment.machine import probe
-from veneer.environment.spec import RunOutcome, RunSpec
+from veneer.environment.spec import NixSpec, RunOutcome, RunSpec
 from veneer.environment.supervise import Companion, run
 
-__all__ = ["Companion", "RunOutcome", "RunSpec", "probe", "run"]
+__all__ = [
+    "Companion",
+    "Living",
+    "NixSpec",
+    "RunOutcome",
+    "RunSpec",
+    "attach",
+    "claim",
+    "join",
+    "probe",
+    "run",
+]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from veneer.model import errors
 from veneer.model.errors import VeneerError, printable
 
-Kind = Literal["init", "started", "stopped", "ended", "server-ended", "warning", "failed"]
+Kind = Literal["init", "ready", "started", "stopped", "lingers", "ended", "server-ended", "warning", "failed"]
 _LIMIT = 1 << 16
 _MAX_FDS = 4
 _TEXT_LIMIT = 4000
@@ -23,8 +23,9 @@ _TEXT_LIMIT = 4000
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """``init``: fds [its pidfd]. ``started``: fds [the command's pidfd]. ``stopped``: number. ``ended``: status, signal
-    as of RunOutcome. ``server-ended``, ``warning``: text. ``failed``: text (what), where, hint, error (class name)."""
+    """``init``: fds [its pidfd]. ``started``: fds [the command's pidfd]. ``ready``: others may join.
+    ``stopped``: number. ``ended``: status, signal as of RunOutcome. ``lingers``: the same; others still use the environment.
+    ``server-ended``, ``warning``: text. ``failed``: text (what), where, hint, error (class name)."""
 
     kind: Kind
     fields: dict[str, Any]

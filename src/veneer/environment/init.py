@@ -6,21 +6,24 @@ It has every signal blocked: the terminal's and the supervisor's go to the comma
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from veneer.environment import machine, namespace, serving, syscalls
+from veneer.environment import living, machine, namespace, serving, syscalls
 from veneer.environment import plan as p
 from veneer.environment.apply import Executor, StepError
 from veneer.environment.channel import Channel
 from veneer.environment.facts import HostFacts
+from veneer.environment.nix import inside, settings
 from veneer.environment.spec import RunSpec
 from veneer.model.errors import MachineError, VeneerError, printable
 from veneer.mount import device
@@ -51,6 +54,16 @@ class InitTask:
     caller_mask: Iterable[int]
     layer_may_move: bool
     load_server: serving.LoadServer
+    users_fd: int = -1
+    """The lock that keeps others from joining (U4 of ``upper``), or -1: nobody may."""
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """What others have to know to join."""
+
+    @property
+    def shown_as(self) -> tuple[int, int] | None:
+        """User and group of the command's own user namespace; None: it has none."""
+        own = self.facts.needs_user_namespace and not self.spec.map_root and self.owner != (0, 0)
+        return self.owner if own else None
 
 
 def run_init(task: InitTask) -> NoReturn:
@@ -59,15 +72,28 @@ def run_init(task: InitTask) -> NoReturn:
         syscalls.set_process_name("veneer-init")
         _die_with_parent(task.parent_alive)
         task.channel.send("init", [os.pidfd_open(os.getpid())])
+        itself = living.identify() if task.users_fd >= 0 else {}
         server = _build(task)
-        command = _start_command(task)
+        if task.spec.nix is not None:
+            inside.prepare(
+                task.spec.nix, settings.daemon_environ(task.spec.environ, task.spec.nix, task.facts.for_nix)
+            )
+        if task.users_fd >= 0:
+            _let_others_join(task, itself)
+        command = -1
+        if task.spec.command:
+            command = start_command(task.spec, task.channel, task.shown_as, task.caller_mask)
         threading.Thread(target=_renew_absences, args=(task,), name="absences", daemon=True).start()
-        if task.spec.nix_socket is not None:
+        if task.spec.nix is not None:
             threading.Thread(target=_remount_on_request, args=(task,), name="remounts", daemon=True).start()
-        code = os.waitstatus_to_exitcode(_wait_for_command(task.channel, command, server.pid))
+        if command < 0:
+            _reap(task.channel, server.pid)
+        ended = describe_status(_wait_for_command(task.channel, command, server.pid))
+        if task.users_fd >= 0:
+            _wait_for_others(task, server.pid, ended)
         _kill_others(server.pid)
         _stop(server.pid)
-        task.channel.send("ended", status=code if code >= 0 else 128 - code, signal=max(0, -code))
+        task.channel.send("ended", **ended)
     except BrokenPipeError:
         os._exit(OUR_FAULT)  # the supervisor is gone: there is nobody to tell
     except VeneerError as error:
@@ -76,6 +102,41 @@ def run_init(task: InitTask) -> NoReturn:
         task.channel.send_failure(VeneerError(printable(f"{type(error).__name__}: {error}"), where="init"))
     finally:
         os._exit(0)
+
+
+def describe_status(status: int) -> dict[str, Any]:
+    """The fields of ``ended`` for a wait status."""
+    code = os.waitstatus_to_exitcode(status)
+    return {"status": code if code >= 0 else 128 - code, "signal": max(0, -code)}
+
+
+def _let_others_join(task: InitTask, itself: Mapping[str, int]) -> None:
+    living.announce(Path(p.ENVIRONMENT), {**task.described, **itself})
+    fcntl.flock(task.users_fd, fcntl.LOCK_UN)
+    task.channel.send("ready")
+
+
+def _wait_for_others(task: InitTask, server: int, ended: Mapping[str, Any]) -> None:
+    """Keep others from joining; those who have go on until they end by themselves."""
+    try:
+        fcntl.flock(task.users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        task.channel.send("lingers", **ended)
+        over = threading.Event()
+        reaper = threading.Thread(target=_reap, args=(task.channel, server, over), name="reaper", daemon=True)
+        reaper.start()
+        fcntl.flock(task.users_fd, fcntl.LOCK_EX)
+        over.set()
+
+
+def _reap(channel: Channel, server: int, over: threading.Event | None = None) -> None:
+    """Reap whatever ends, for ever; the mount server's end is told unless it is ``over``."""
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                if found[0] == server and not (over is not None and over.is_set()):
+                    channel.send("server-ended", text=describe_end(found[1]))
+        signal.sigwait([signal.SIGCHLD])
 
 
 def _die_with_parent(parent_alive: int) -> None:
@@ -131,33 +192,51 @@ def _raise_server_failure(server: int) -> None:
         raise MachineError(f"the mount server did not start: {describe_end(status)}")
 
 
-def _start_command(task: InitTask) -> int:
+def start_command(
+    spec: RunSpec,
+    channel: Channel,
+    shown_as: tuple[int, int] | None,
+    caller_mask: Iterable[int],
+    *,
+    dies_with_us: bool = False,
+) -> int:
+    """Fork the command; its pid. ``shown_as``: user and group of a user namespace of its own, None: it gets none."""
     try:
-        os.chdir(task.spec.cwd)
+        os.chdir(spec.cwd)
     except OSError as error:
-        text = f"the working directory {task.spec.cwd} cannot be entered ({error.strerror}); the command starts in /"
-        task.channel.send("warning", text=text)
+        text = (
+            f"the working directory {spec.cwd} cannot be entered ({error.strerror}); the command starts in /"
+        )
+        channel.send("warning", text=text)
         os.chdir("/")
+    us = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become_command(task)
+        _become_command(spec, shown_as, caller_mask, us if dies_with_us else 0)
     os.chdir("/")
-    task.channel.send("started", [os.pidfd_open(pid)])
+    channel.send("started", [os.pidfd_open(pid)])
     return pid
 
 
-def _become_command(task: InitTask) -> NoReturn:
+def _become_command(
+    spec: RunSpec, shown_as: tuple[int, int] | None, caller_mask: Iterable[int], parent: int
+) -> NoReturn:
+    """``parent``: when it ends, the command is killed; 0: it is not."""
     status = OUR_FAULT
-    program = task.spec.command[0]
+    program = spec.command[0]
     try:
         # In this order: a signal that came in between would run a handler of ours and be lost.
         syscalls.reset_signal_handlers()
-        signal.pthread_sigmask(signal.SIG_SETMASK, task.caller_mask)
-        if task.facts.needs_user_namespace and not task.spec.map_root and task.owner != (0, 0):
-            _leave_root(*task.owner)
-        os.execvpe(program, task.spec.command, task.spec.environ)
+        signal.pthread_sigmask(signal.SIG_SETMASK, caller_mask)
+        if shown_as is not None:
+            _leave_root(*shown_as)
+        if parent:
+            syscalls.set_parent_death_signal(signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(OUR_FAULT)
+        os.execvpe(program, spec.command, spec.environ)
     except OSError as error:
-        status, text = _exec_failure(program, os.get_exec_path(task.spec.environ), error)
+        status, text = _exec_failure(program, os.get_exec_path(spec.environ), error)
         os.write(2, f"veneer: {printable(text)}\n".encode(errors="replace"))
     finally:
         os._exit(status)

@@ -30,14 +30,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from veneer.environment import machine, namespace, serving, syscalls, upper
+from veneer.environment import living, machine, namespace, serving, syscalls, upper
 from veneer.environment.channel import Channel, Message, failure
 from veneer.environment.facts import HostFacts, read_facts
 from veneer.environment.init import OUR_FAULT, InitTask, run_init
 from veneer.environment.nix import settings
 from veneer.environment.plan import Step, plan
 from veneer.environment.spec import RunOutcome, RunSpec
-from veneer.model.errors import CacheError, MachineError, VeneerError
+from veneer.model.errors import CacheError, MachineError, UsageError, VeneerError
 
 Warn = Callable[[str], None]
 
@@ -67,33 +67,41 @@ def run(
     load_server: serving.LoadServer | None = None,
     warn: Warn | None = None,
     companion: Companion | None = None,
+    layer: upper.Layer | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> RunOutcome:
-    """Run a command in an environment; blocks until it and everything that it left has ended.
+    """Run a command in an environment; blocks until it, everything that it left and all who joined have ended.
 
     The process must have one thread. ``warn`` takes a sentence at once (default: stderr). ``load_server`` replaces the
-    mount server, for tests; ``companion`` is looked after meanwhile. UsageError: the name is in use, the store directory
+    mount server, for tests; ``companion`` is looked after meanwhile. ``layer``: the named one, claimed and released
+    here; ``ready`` is called when a named environment can be joined. UsageError: the name is in use, the store directory
     cannot be provided. MachineError: what to enable. CacheError: no cache directory. VeneerError: the environment was
     killed.
     """
-    voice = warn or _warn_on_stderr
+    voice = warn or warn_on_stderr
     warnings: list[str] = []
 
     def tell(text: str) -> None:
         warnings.append(text)
         voice(text)
 
-    with _standard_descriptors(), _signals_blocked() as (signals, caller_mask), _foreground_restored():
-        cache_fd = _open_cache(spec.cache_root)
-        layer = _take_layer(spec, tell)
+    with (
+        standard_descriptors(),
+        signals_blocked() as (signals, caller_mask),
+        foreground_restored() as restore,
+    ):
+        cache_fd = -1
         try:
+            cache_fd = _open_cache(spec.cache_root)
+            layer = layer or _take_layer(spec, tell)
             facts = read_facts(spec.store_dir, os.fspath(layer.directory) if layer else None)
-            spec = _with_nix(spec, facts)
+            spec = with_nix(spec, facts)
             steps = plan(facts, spec)
             load = load_server or serving.mount_server(spec, facts.store)
-            keeper = _start(spec, facts, steps, cache_fd, caller_mask, load)
+            keeper = _start(spec, facts, steps, cache_fd, caller_mask, load, layer)
             os.close(cache_fd)
             cache_fd = -1
-            outcome = _Supervisor(keeper, signals, tell, companion).wait()
+            outcome = Supervisor(keeper, signals, tell, companion, ready, restore, not spec.command).wait()
             outcome.report["warnings"] = warnings
             return outcome
         finally:
@@ -103,20 +111,17 @@ def run(
                 _release(layer, tell)
 
 
-def _with_nix(spec: RunSpec, facts: HostFacts) -> RunSpec:
-    """The command's Nix uses the merged store."""
-    if spec.nix_socket is None:
+def with_nix(spec: RunSpec, facts: HostFacts) -> RunSpec:
+    """The command's Nix uses the merged store. UsageError: a nix-daemon needs root."""
+    if spec.nix is None:
         return spec
-    told = settings.NixFacts(
-        host_store=facts.store is not None,
-        unprivileged=facts.needs_user_namespace,
-        has_build_group=facts.has_build_group,
-    )
-    return replace(spec, environ=settings.environ(spec.environ, spec.nix_socket.name, told))
+    if spec.nix.mode == "daemon" and facts.needs_user_namespace:
+        raise UsageError("a nix-daemon needs root: it builds as other users", hint="use --nix overlay")
+    return replace(spec, environ=settings.environ(spec.environ, spec.nix, facts.for_nix))
 
 
 @dataclass(slots=True)
-class _Keeper:
+class Keeper:
     """The started environment, seen from outside. ``pidfd``: of K."""
 
     pid: int
@@ -132,12 +137,18 @@ def _start(
     cache_fd: int,
     caller_mask: set[int],
     load: serving.LoadServer,
-) -> _Keeper:
+    layer: upper.Layer | None,
+) -> Keeper:
     channel, theirs = Channel.pair()
     report_fd, report_writer = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
+    owner = (os.geteuid(), os.getegid())
+    users_fd = -1 if layer is None else layer.users_fd
+    described = (
+        living.describe(spec, owner, in_user_namespace=facts.needs_user_namespace) if users_fd >= 0 else {}
+    )
     pid = os.fork()
     if pid == 0:
         channel.close()
@@ -145,7 +156,7 @@ def _start(
         task = InitTask(
             spec=spec,
             facts=facts,
-            owner=(os.geteuid(), os.getegid()),
+            owner=owner,
             steps=steps,
             channel=theirs,
             parent_alive=-1,
@@ -154,11 +165,13 @@ def _start(
             caller_mask=caller_mask,
             layer_may_move=spec.name is None,
             load_server=load,
+            users_fd=users_fd,
+            described=described,
         )
         _keep(task, parent)
     theirs.close()
     os.close(report_writer)
-    return _Keeper(pid, os.pidfd_open(pid), channel, report_fd)
+    return Keeper(pid, os.pidfd_open(pid), channel, report_fd)
 
 
 def _keep(task: InitTask, parent: int) -> NoReturn:
@@ -194,11 +207,17 @@ def _keep(task: InitTask, parent: int) -> NoReturn:
 
 
 @dataclass(slots=True)
-class _Supervisor:
-    keeper: _Keeper
+class Supervisor:
+    keeper: Keeper
     signals: int
     warn: Warn
     companion: Companion | None = None
+    ready: Callable[[], None] | None = None
+    restore: Callable[[], None] | None = None
+    """Gives the terminal's foreground back to us."""
+    stays: bool = False
+    """There is no command: the environment ends when it is ended."""
+    lingers: bool = False
     init: int = -1
     command: int = -1
     status: int | None = None
@@ -268,6 +287,17 @@ class _Supervisor:
                 (self.command,) = message.fds
             case "stopped":
                 self._on_stop(fields["number"])
+            case "ready":
+                if self.ready is not None:
+                    self.ready()
+            case "lingers":
+                self.lingers = True
+                self.status, self.ended_by = fields["status"], fields["signal"]
+                if self.restore is not None:
+                    self.restore()
+                self.warn(
+                    "the command has ended, others use the environment: waiting for them (Ctrl-C ends them)"
+                )
             case "ended":
                 self.status, self.ended_by = fields["status"], fields["signal"]
             case "server-ended":
@@ -285,9 +315,9 @@ class _Supervisor:
             self._on_signal(info)
 
     def _on_signal(self, info: syscalls.SignalInfo) -> None:
-        if self.command < 0:
+        if self.command < 0 or self.lingers:
             if info.number in _ENDING:
-                self.aborted_by = info.number
+                self.aborted_by = None if self.lingers else info.number
                 signal.pidfd_send_signal(self.keeper.pidfd, signal.SIGKILL)
         elif info.code <= 0 or info.number == signal.SIGCONT:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # ended, or changed its user
@@ -329,6 +359,8 @@ class _Supervisor:
             if "error" in report:
                 self.error.where = self.error.where or report["error"]
             raise self.error
+        if self.status is None and self.stays:
+            return RunOutcome(0, report)
         if self.status is None:
             raise VeneerError("the environment was killed", hint="its processes and mounts are gone")
         if self.server_ended:
@@ -377,7 +409,7 @@ def _release(layer: upper.Layer, warn: Warn) -> None:
 
 
 @contextlib.contextmanager
-def _standard_descriptors() -> Iterator[None]:
+def standard_descriptors() -> Iterator[None]:
     """Keep 0, 1, 2 from being taken by descriptors of ours when the caller closed them; exec closes them again."""
     opened: list[int] = []
     try:
@@ -397,7 +429,7 @@ def _standard_descriptors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[tuple[int, set[int]]]:
+def signals_blocked() -> Iterator[tuple[int, set[int]]]:
     """A descriptor that gives the signals to pass on, and the caller's mask."""
     mask = {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)}
     fd = -1
@@ -411,17 +443,24 @@ def _signals_blocked() -> Iterator[tuple[int, set[int]]]:
 
 
 @contextlib.contextmanager
-def _foreground_restored() -> Iterator[None]:
-    """A shell run as the command takes the terminal's foreground and cannot give it back: our group is unknown inside."""
+def foreground_restored() -> Iterator[Callable[[], None]]:
+    """A shell run as the command takes the terminal's foreground and cannot give it back: our group is unknown inside.
+
+    Gives a function that takes it back before the end.
+    """
     terminal = next((fd for fd in (0, 1, 2) if _foreground(fd) == os.getpgrp()), None)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         if terminal is not None and _foreground(terminal) not in (None, os.getpgrp()):
             old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.tcsetpgrp(terminal, os.getpgrp())
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _foreground(fd: int) -> int | None:
@@ -435,5 +474,5 @@ def _field(text: str, name: str) -> str:
     return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(f"{name}:"))
 
 
-def _warn_on_stderr(text: str) -> None:
+def warn_on_stderr(text: str) -> None:
     print(f"veneer: warning: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the default voice

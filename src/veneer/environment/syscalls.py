@@ -34,7 +34,9 @@ CLONE_NEWPID: Final = 0x20000000
 CAP_SYS_ADMIN: Final = 21
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
+_PR_SET_CHILD_SUBREAPER: Final = 36
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _SFD_CLOEXEC: Final = os.O_CLOEXEC
 _SFD_NONBLOCK: Final = os.O_NONBLOCK
@@ -51,6 +53,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.unshare.argtypes = [ctypes.c_int]
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.signalfd.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
 _libc.capget.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -73,6 +76,11 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "")
 
 
+def setns(pidfd: int, flags: int) -> None:
+    """Enter another process's namespaces (Linux 5.8); CLONE_NEWPID is for our children. Needs a process with one thread."""
+    _check(_libc.setns(pidfd, flags), "")
+
+
 def pivot_root(new_root: str, put_old: str) -> None:
     """Make ``new_root`` the namespace's root and move the old one to ``put_old``, which lies beneath it."""
     number = _PIVOT_ROOT_NUMBERS.get(os.uname().machine, _PIVOT_ROOT_GENERIC)
@@ -86,6 +94,16 @@ def set_parent_death_signal(number: int) -> None:
     The parent may be gone already: check after the call.
     """
     _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "")
+
+
+def own_proc_files() -> None:
+    """Give our files in /proc to our user again, from whom a change of credentials takes them."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends. Not inherited by children."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "")
 
 
 def set_process_name(name: str) -> None:

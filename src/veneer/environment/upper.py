@@ -1,12 +1,16 @@
 """Writable layers on disk: made, locked, kept by name or removed, swept after a crash.
 
-``environments_root/NAME/{lock,upper,work,var}`` for a named one, ``tmp-XXXXXXXX`` for a temporary one. Invariants:
+``environments_root/NAME/{lock,users,upper,work,var}`` for a named one, ``tmp-XXXXXXXX`` for a temporary one. Invariants:
 
 U1: whoever uses a layer holds ``flock`` on its lock file through one open file that its processes share, so the lock is
     free exactly when all of them are gone, however they ended. The file's text is the first one's pid, for messages.
 U2: a directory is made and locked, or found unlocked and taken for removal, under ``flock`` on ``environments_root``:
     nobody sweeps what another has just made.
-U3: what is removed is removed by its lock's holder.
+U3: what is removed is removed by its lock's holder; a named one gets a temporary one's name first, so that what a crash
+    leaves of it is swept.
+U4: every command that joins an environment holds ``flock`` shared on ``NAME/users`` while a process of it is left; the
+    environment's own processes hold it exclusively until others may join, and again before they end. So nobody joins
+    what is not ready or about to end, and nobody mounts a layer that a joined process still sees.
 """
 
 from __future__ import annotations
@@ -17,24 +21,27 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from veneer.environment.spec import TEMPORARY_PREFIX
+from veneer.environment.spec import TEMPORARY_PREFIX, is_name
 from veneer.model.errors import MachineError, UsageError, VeneerError
 
 _LOCK = "lock"
+_USERS = "users"
 _REMOVAL_TRIES = 3
 _MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A locked writable layer: ``directory`` holds ``upper``, ``work`` and ``var`` (state of the programs inside). ``lock_fd``: closing its last copy unlocks."""
+    """A locked writable layer: ``directory`` holds ``upper``, ``work`` and ``var`` (state of the programs inside). ``lock_fd``: closing its last copy unlocks.
+    ``users_fd``: the exclusive lock of U4; -1 for a temporary layer, which nobody joins."""
 
     directory: Path
     temporary: bool
     lock_fd: int
+    users_fd: int = -1
 
     def release(self) -> None:
         """Unlock; a temporary layer is removed first. Call when nothing runs on it any more.
@@ -45,18 +52,33 @@ class Layer:
             if self.temporary:
                 remove_tree(self.directory)
         finally:
+            if self.users_fd >= 0:
+                os.close(self.users_fd)
             os.close(self.lock_fd)
 
 
 def take_named(root: Path, name: str) -> Layer:
     """The layer ``name``, made if new. UsageError when it is in use, MachineError when it cannot be made."""
+    layer = try_named(root, name)
+    if layer is None:
+        directory = root / name
+        raise UsageError(
+            f"the environment {name} is in use by process {_holder(directory)}",
+            where=str(directory),
+            hint="wait for it to end, or use another name",
+        )
+    return layer
+
+
+def try_named(root: Path, name: str) -> Layer | None:
+    """The layer ``name``, made if new; None when it is in use. MachineError when it cannot be made."""
     directory = root / name
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(root):
             directory.mkdir(mode=0o700, exist_ok=True)
-            lock_fd = _try_lock(directory)
-            if lock_fd is not None:
+            layer = _take(directory)
+            if layer is not None:
                 _make_layers(directory)
     except OSError as error:
         raise MachineError(
@@ -64,13 +86,54 @@ def take_named(root: Path, name: str) -> Layer:
             where=error.filename or str(directory),
             hint="choose another directory for environments, or run without a name",
         ) from error
-    if lock_fd is None:
-        raise UsageError(
-            f"the environment {name} is in use by process {_holder(directory)}",
-            where=str(directory),
-            hint="wait for it to end, or use another name",
-        )
-    return Layer(directory, temporary=False, lock_fd=lock_fd)
+    return layer
+
+
+def is_used(root: Path, name: str) -> bool:
+    """Whether anybody holds the layer ``name``. OSError when its directory cannot be read."""
+    with _locked(root):
+        try:
+            fd = os.open(root / name / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        return not _flock_now(fd, fcntl.LOCK_SH, keep=False)
+
+
+def join(directory: Path) -> int:
+    """A shared lock of U4: waits until the environment is ready, or has ended. OSError."""
+    fd = os.open(directory / _USERS, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def keep_others_out(directory: Path) -> int | None:
+    """The exclusive lock of U4 as a new descriptor; None when others have joined, or it is starting or ending. OSError."""
+    fd = os.open(directory / _USERS, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    return fd if _flock_now(fd, fcntl.LOCK_EX) else None
+
+
+def names(root: Path) -> list[str]:
+    """Of the layers that are kept, sorted. OSError when the directory cannot be read."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(
+                entry.name for entry in entries if is_name(entry.name) and entry.is_dir(follow_symlinks=False)
+            )
+    except FileNotFoundError:
+        return []
+
+
+def remove_named(layer: Layer) -> None:
+    """Remove a named layer that nobody uses, and release it. OSError: what is left is swept later."""
+    root = layer.directory.parent
+    doomed = root / f"{TEMPORARY_PREFIX}{os.urandom(4).hex()}"
+    with _locked(root):
+        layer.directory.rename(doomed)
+    replace(layer, directory=doomed, temporary=True).release()
 
 
 def take_temporary(root: Path) -> Layer:
@@ -178,6 +241,33 @@ def _try_lock(directory: Path) -> int | None:
         os.close(fd)
         raise
     return fd
+
+
+def _take(directory: Path) -> Layer | None:
+    lock_fd = _try_lock(directory)
+    if lock_fd is None:
+        return None
+    try:
+        users_fd = os.open(directory / _USERS, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        os.close(lock_fd)
+        raise
+    if _flock_now(users_fd, fcntl.LOCK_EX):
+        return Layer(directory, temporary=False, lock_fd=lock_fd, users_fd=users_fd)
+    os.close(lock_fd)
+    return None
+
+
+def _flock_now(fd: int, kind: int, *, keep: bool = True) -> bool:
+    """Whether the lock was free; ``fd`` is closed unless it was and is to be kept."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return False
+    if not keep:
+        os.close(fd)
+    return True
 
 
 def _make_layers(directory: Path) -> None:
