@@ -245,6 +245,34 @@ def test_a_lower_store_whose_files_are_not_in_its_database_is_found(
     assert bad(doctor(as_root, more=wired(url))[1], "lower store")
 
 
+CHANGED_BELOW = """
+set -eu
+home=$1 late=$2 removed=$3; shift 3
+mkdir -p "$home/lower/nix/store" "$home/upper" "$home/work" "$home/root/nix/store"
+touch "$home/lower/nix/store/$removed"
+options=lowerdir=$home/lower/nix/store,upperdir=$home/upper,workdir=$home/work
+mount -t overlay overlay -o "$options" "$home/root/nix/store"
+test ! -e "$home/root/nix/store/$late"
+touch "$home/lower/nix/store/$late"
+rm "$home/root/nix/store/$removed"
+exec "$@"
+"""
+
+
+@pytest.mark.root
+def test_a_lower_store_changed_underneath_is_seen_in_the_merged_one(
+    as_root: Caller, wired: Callable[..., dict[str, str]]
+) -> None:
+    home, late, removed = as_root.home, f"{'1' * 32}-late", f"{'2' * 32}-removed"
+    url = OverlayStore(f"{home}/nix.sock", f"{home}/lower", f"{home}/upper", f"{home}/root").url()
+    as_root.use(str(home) + "?trusted=true")
+    inside = ("unshare", "-m", "sh", "-c", CHANGED_BELOW, "sh", str(home), late, removed)
+    _, found = doctor(as_root, f"/nix/store/{late}", inside=inside, more=wired(url))
+    assert f"mount -o remount {home}/root/nix/store" in bad(found, "stale names")[0]["fix"]
+    assert removed in bad(found, "hidden paths")[0]["what"]
+    assert ["nothing is mounted on" in f["what"] for f in bad(found, "overlay mount")] == [True]
+
+
 @pytest.mark.fuse
 @pytest.mark.nix
 def test_inside_an_environment_it_looks_at_that_environments_store(
