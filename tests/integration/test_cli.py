@@ -216,7 +216,7 @@ def test_listing_moves_no_contents(served: Served) -> None:
     status = json.loads(served.veneer("status", "--json").stdout)
     assert status["totals"]["nars"] == 0
     assert status["totals"]["trees"] > 0
-    assert status["sources"] == [{"url": served.url, "verify": "strict"}]
+    assert status["sources"] == [{"url": served.url, "verify": "strict", "unknown_options": []}]
 
 
 def test_what_no_source_has_is_three_and_what_nobody_signed_is_four(served: Served) -> None:
@@ -384,3 +384,25 @@ def test_links_into_other_store_paths_are_followed(served: Served, tmp_path: Pat
     given = ["--cache", str(cache), "--trusted-public-key", str(key.public_key()), *served.own()]
     assert run_veneer("cat", *given, f"{a.absolute()}/far").stdout == "far away"
     shutil.rmtree(cache)
+
+
+def test_an_option_of_a_cache_that_nobody_knows_is_named(
+    made: tuple[Path, str, Closure], tmp_path: Path
+) -> None:
+    url = f"file://{made[0]}"
+    query = "?compression=xz&nobody-knows=1"
+    words = ["status", "--cache", url + query, "--trusted-public-key", made[1]]
+    words += ["--cache-dir", str(tmp_path / "cache")]
+    for json_flag in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "veneer.cli.main", *words, *json_flag],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "nobody-knows" in done.stdout
+        assert "compression" not in done.stdout + done.stderr
+        warning = f"veneer: warning: unknown option 'nobody-knows' of {url} is ignored\n"
+        assert done.stderr == ("" if json_flag else warning)
+    wait_until_free(tmp_path / "cache", 10)

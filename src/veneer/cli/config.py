@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import binascii
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -120,6 +120,8 @@ class Flags:
     verify: str | None = None
     config_file: str | None = None
     max_size: str | None = None
+    warn: Callable[[str], None] = field(default=lambda _: None, compare=False)
+    """Takes a sentence about what has no effect."""
 
 
 def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: int | None = None) -> Settings:
@@ -144,6 +146,7 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
         keys = nix.trusted_public_keys
     for key in keys:
         _check_key(key)
+    _warn_of_unknown_keys(sources, flags.warn)
     require = document.get("require-signatures", nix.require_sigs if nix is not None else True)
     ttl = document.get("negative-ttl", 10.0)
     limit = flags.max_size if flags.max_size is not None else document.get("max-size")
@@ -271,6 +274,14 @@ def source_url(text: str) -> str:
             f"no binary cache can be reached by {printable(scheme)}://", where=text, hint=_CACHE_HINT
         )
     return text
+
+
+def _warn_of_unknown_keys(sources: Sequence[SourceSetting], warn: Callable[[str], None]) -> None:
+    for url in dict.fromkeys(source.url for source in sources if "?" in source.url):
+        from veneer.sources.options import unknown_keys, without_secrets
+
+        for key in unknown_keys(url):
+            warn(f"unknown option '{key}' of {without_secrets(url)} is ignored")
 
 
 _CACHE_HINT = f"a cache is a directory or a URL with one of {', '.join(SCHEMES)}"

@@ -64,6 +64,9 @@ def settings_flags(*, sources: bool = True, max_size: bool = False) -> Decorator
         @functools.wraps(function)
         def command(*args: Any, **given: Any) -> Any:
             taken = {name: given.pop(name) for name in Flags.__slots__ if name in given}
+            output = click.get_current_context().find_object(Output)
+            if output is not None and sources:
+                taken["warn"] = output.warning
             return function(*args, flags=Flags(**taken), **given)
 
         wrapped: Function = command

@@ -30,10 +30,13 @@ def status(output: Output, flags: Flags) -> None:
     settings = load_settings(flags)
     with open_client(settings) as client:
         result = client.control("status")
-    from veneer.sources.options import without_secrets
+    from veneer.sources.options import unknown_keys, without_secrets
 
     document = {
-        "sources": [{"url": without_secrets(s.url), "verify": s.verify} for s in settings.sources],
+        "sources": [
+            {"url": without_secrets(s.url), "verify": s.verify, "unknown_options": list(unknown_keys(s.url))}
+            for s in settings.sources
+        ],
         **result,
     }
     output.result(render(document), document)

@@ -15,13 +15,12 @@ Everything is percent-decoded once. Known keys:
 | want-mass-query | kept, not used |
 | region, endpoint, scheme, profile | s3 only, as in Nix |
 
-Nix's other keys (compression, secret-key, ...) matter for writing or for Nix's own caches and are ignored, as are keys
-that nobody knows, which Nix only warns about. A near miss of a known key is refused: ``trustd=true`` would be silent.
+Nix's other keys (IGNORED_KEYS) matter for writing or for Nix's own caches and have no effect. Keys that nobody knows have
+none either, and users are told, as by Nix. A near miss of a key with an effect is refused: ``trustd=true`` must not pass.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,16 @@ from veneer.model.store_path import DEFAULT_STORE_DIR
 SCHEMES = ("http", "https", "file", "s3", "gs", "az")
 KEYS = ("priority", "trusted", "want-mass-query")
 S3_KEYS = ("region", "endpoint", "scheme", "profile")
+IGNORED_KEYS = frozenset(
+    (
+        *("addressing-style", "buffer-size", "compression", "compression-level", "index-debug-info"),
+        *("local-nar-cache", "log-compression", "ls-compression", "multipart-chunk-size"),
+        *("multipart-threshold", "multipart-upload", "narinfo-compression", "parallel-compression"),
+        *("path-info-cache-size", "secret-key", "secret-keys", "storage-class", "store", "system-features"),
+        "write-nar-listing",
+    )
+)
+"""Of Nix's binary cache stores (2.8 to 2.34): nothing that is read depends on them."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
@@ -77,8 +86,8 @@ class SourceConfig:
     password: str = field(default="", repr=False)
     s3: tuple[tuple[str, str], ...] = ()
     """Given S3 keys, sorted."""
-    ignored: tuple[str, ...] = ()
-    """Keys that had no effect."""
+    unknown: tuple[str, ...] = ()
+    """Keys that have no effect and that Nix does not know either."""
 
 
 def parse_source_url(text: str) -> SourceConfig:
@@ -98,7 +107,7 @@ def parse_source_url(text: str) -> SourceConfig:
         )
     if parts.fragment:
         raise _usage("a store URL has no #fragment", text)
-    known, s3, ignored = _keys(parts.query, parts.scheme, text)
+    known, s3, unknown = _keys(parts.query, parts.scheme, text)
     path = parts.path.rstrip("/")
     if parts.scheme == "file":
         if parts.netloc:
@@ -124,7 +133,7 @@ def parse_source_url(text: str) -> SourceConfig:
         user=None if parts.username is None else unquote(parts.username),
         password=unquote(parts.password or ""),
         s3=s3,
-        ignored=ignored,
+        unknown=unknown,
     )
 
 
@@ -132,6 +141,14 @@ def without_secrets(text: str) -> str:
     """A URL without user, password, query and fragment: fit for messages, whatever it holds."""
     text = re.sub(r"[?#].*", "", text, flags=re.DOTALL)
     return printable(re.sub(r"(://)[^/]*@", r"\1", text))[:500]
+
+
+def unknown_keys(url: str) -> tuple[str, ...]:
+    """Keys of a store URL to tell the user about. What is wrong with the URL is said by whoever opens it."""
+    try:
+        return parse_source_url(url).unknown
+    except UsageError:
+        return ()
 
 
 def _usage(what: str, url: str, hint: str = "") -> UsageError:
@@ -146,21 +163,29 @@ def _authority(host: str, port: int | None) -> str:
 def _keys(
     query: str, scheme: str, url: str
 ) -> tuple[dict[str, str], tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """(keys for every source, S3 keys, ignored keys)."""
+    """(keys for every source, S3 keys, unknown keys)."""
     known: dict[str, str] = {}
     s3: dict[str, str] = {}
-    ignored: list[str] = []
+    unknown: list[str] = []
     mine = KEYS + (S3_KEYS if scheme == "s3" else ())
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key in KEYS:
             known[key] = value
         elif key in mine:
             s3[key] = value
-        elif near := difflib.get_close_matches(key, mine, 1, 0.8):
+        elif key in IGNORED_KEYS:
+            continue
+        elif near := _near(key, mine):
             raise _usage(f"unknown key in a store URL: {key[:100]!r}", url, f"did you mean {near[0]}?")
         else:
-            ignored.append(printable(key))
-    return known, tuple(sorted(s3.items())), tuple(ignored)
+            unknown.append(printable(key)[:100])
+    return known, tuple(sorted(s3.items())), tuple(dict.fromkeys(unknown))
+
+
+def _near(key: str, known: tuple[str, ...]) -> list[str]:
+    import difflib  # for the odd URL only
+
+    return difflib.get_close_matches(key, known, 1, 0.8)
 
 
 def _integer(text: str | None, url: str) -> int | None:

@@ -175,3 +175,13 @@ def test_what_is_no_binary_cache_is_refused(text: str) -> None:
 def test_a_key_that_is_none_is_wrong_usage_before_anything_starts(key: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a public key"):
         load_settings(Flags(caches=("https://one.example",), keys=(key,)), {"HOME": str(tmp_path)}, uid=1000)
+
+
+def test_unknown_options_of_a_source_are_told_once_and_nixs_own_are_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    environ = {"HOME": str(tmp_path), "NIX_CONF_DIR": str(tmp_path)}
+    url = "https://me:secret@a.example?parallel-compression=true&want-mass-query=1&nobody-knows=1"
+    config = write(tmp_path / "c", f'trusted-public-keys = []\n[[source]]\nurl = "{url}"\npriority = 3\n')
+    load_settings(Flags(config_file=str(config), warn=told.append), environ, uid=1000)
+    load_settings(Flags(caches=(url, url), warn=told.append), environ, uid=1000)
+    assert told == ["unknown option 'nobody-knows' of https://a.example is ignored"] * 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.model.errors import UsageError
-from veneer.sources.options import parse_source_url, without_secrets
+from veneer.sources.options import parse_source_url, unknown_keys, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -60,11 +62,25 @@ def test_keys_of_every_source() -> None:
     assert parse_source_url("https://host?trusted=false").trusted is False
 
 
-def test_nix_keys_for_writers_are_ignored() -> None:
+def test_nix_keys_for_writers_are_ignored_and_others_told() -> None:
     config = parse_source_url(
-        "file:///x?compression=zstd&secret-key=/k&parallel-compression=true&nobody-knows=1"
+        "file:///x?compression=zstd&nobody-knows=1&secret-key=/k&parallel-compression=true&nobody-knows=2&\x1b=3"
     )
-    assert config.ignored == ("compression", "secret-key", "parallel-compression", "nobody-knows")
+    assert config.unknown == ("nobody-knows", "\\x1b")
+    assert unknown_keys("https://host?region=eu&priority=3") == ("region",)
+    assert unknown_keys("s3://bucket?region=eu&buffer-size=3") == ()
+    assert unknown_keys("https://host?trustd=true&other=1") == ()  # refused as a whole when it is opened
+
+
+@pytest.mark.nix
+def test_every_key_of_nix_has_an_effect_or_none_that_matters_here(nix_programs: Path) -> None:
+    done = subprocess.run([nix_programs / "nix", "__dump-cli"], capture_output=True, check=True, timeout=60)
+    stores = json.loads(done.stdout)["stores"]
+    for kind, url in (("HTTP", "https://host"), ("Local", "file:///x"), ("S3", "s3://bucket")):
+        keys = set(stores.get(f"{kind} Binary Cache Store", {"settings": ()})["settings"])  # S3: not in all
+        values = {"priority": "1", "trusted": "true", "want-mass-query": "true"}
+        query = "&".join(f"{key}={values.get(key, 'x')}" for key in sorted(keys))
+        assert set(parse_source_url(f"{url}?{query}").unknown) <= {"tls-certificate", "tls-private-key"}
 
 
 def test_s3_keys_are_part_of_the_identity() -> None:
