@@ -44,6 +44,17 @@ def floor() -> list[str]:
     return [str(program)]
 
 
+def instant_lower() -> list[str]:
+    """The command of the C lower store for Nix; arguments to add: socket, table. NotHereError."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise NotHereError("needs cc")
+    source, program = SOURCES / "instant_lower.c", _place() / "instant_lower"
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        _output([compiler, "-O2", "-Wall", "-o", str(program), str(source)])
+    return [str(program)]
+
+
 def pyfuse3() -> list[str]:
     """The command of the pyfuse3 server, in a virtual environment of its own. NotHereError."""
     home = _place() / "pyfuse3"

@@ -208,6 +208,14 @@ class Index:
             (self._source(source_url), hash_part, now),
         )
 
+    def signature_verified(self, digest: bytes) -> bool:
+        """Whether ``put_signature_verified`` was told this digest."""
+        return self._one("SELECT 1 FROM verified_signatures WHERE digest = ?", (digest,)) is not None
+
+    def put_signature_verified(self, digest: bytes) -> None:
+        """``digest``: of a key, a signature and what it signs, all of it, so that nothing else can have it."""
+        self._remember("INSERT OR IGNORE INTO verified_signatures (digest) VALUES (?)", (digest,))
+
     # -- paths
 
     def path(self, number: int) -> PathRow | None:

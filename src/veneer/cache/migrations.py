@@ -46,7 +46,10 @@ _FIRST = (
 
 _RETIRED = ("CREATE INDEX paths_retired ON paths (number) WHERE quarantined = 1",)
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED)
+# digest: of a public key, a signature and the bytes that it was found to sign. A fact, whoever asks for it.
+_SIGNATURES = ("CREATE TABLE verified_signatures (digest BLOB PRIMARY KEY) WITHOUT ROWID",)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED, _SIGNATURES)
 SCHEMA_VERSION = len(STEPS)
 
 

@@ -37,6 +37,7 @@ CONNECTIONS = 256
 GREETING_SECONDS = 10.0
 LINGER_SECONDS = 5.0
 MAX_HELD = 64 << 20
+RECEIVED_AT_ONCE = 64 << 10
 VIEWS_KEPT = 4
 """Views without a socket whose path infos stay in memory, so that the next session finds them."""
 
@@ -146,6 +147,8 @@ class WorkerSocket:
         self.answers = answers
         self.path = path
         self.connections: set[_Connection] = set()
+        self.incoming = memoryview(bytearray(RECEIVED_AT_ONCE))
+        """Where each connection's bytes arrive, and are taken from before the next one's."""
         self._server: asyncio.Server | None = None
 
     async def start(self, sock: socket.socket) -> None:
@@ -168,7 +171,7 @@ class WorkerSocket:
         return sum(connection.decoder.held for connection in self.connections)
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     """One client. Events wait in a queue while a request is being answered or the client does not read."""
 
     def __init__(self, socket: WorkerSocket) -> None:
@@ -181,6 +184,8 @@ class _Connection(asyncio.Protocol):
         self._greeted = False
         self._ending = False
         self._may_write = True
+        self._alone: bytes | None = None
+        """What arrived last, when it is one whole request."""
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -207,10 +212,19 @@ class _Connection(asyncio.Protocol):
         self._may_write = True
         self._advance()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._socket.incoming
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._ending:
             return
+        data = bytes(self._socket.incoming[:nbytes])
+        alone = self._may_write and self._task is None and not self._events and self.decoder.between_requests
+        if alone and (reply := self._answers.repeated(data)) is not None:
+            self._transport.write(reply)
+            return
         self._events += self.decoder.feed(data)
+        self._alone = data if alone and len(self._events) == 1 and self.decoder.between_requests else None
         if self.decoder.held > MAX_HELD // CONNECTIONS and self._socket.held > MAX_HELD:
             self._end("the daemon holds too many unfinished requests; try again")
             return
@@ -270,7 +284,10 @@ class _Connection(asyncio.Protocol):
             self._fail(error)
             return
         if values is not None:
-            self._transport.write(wire.reply(values))
+            reply = wire.reply(values)
+            self._transport.write(reply)
+            if self._alone is not None and self._version >= wire.SUBSTITUTE_SINCE:
+                self._answers.keep(self._alone, request, reply)
         else:
             self._task = asyncio.create_task(self._answer_later(request))
 

@@ -22,9 +22,11 @@ from veneer.model.store_path import StorePath, is_hash_part
 from veneer.store.account import Account
 from veneer.store.store import Store
 
-from .worker_paths import KnownPaths
+from .worker_paths import KnownPaths, Reply
 
 _DONE: tuple[Value, ...] = (1,)
+_AT_ONCE = 64
+"""Paths of one question that are looked up without letting others in between."""
 _OPENS = 3
 """How often a NAR is fetched again when it was evicted between its arrival and its opening."""
 
@@ -50,6 +52,26 @@ class Answers:
             wire.BUILD_PATHS.number: self._build,
         }
 
+    def repeated(self, request: bytes) -> bytes | None:
+        """The reply to a request, byte for byte, that had it before."""
+        kept = self._known.replies.get(request)
+        if kept is None:
+            return None
+        self._account.know(kept.path, kept.nar_size)
+        return kept.reply
+
+    def keep(self, encoded: bytes, request: Request, reply: bytes) -> None:
+        """Let ``repeated`` give this reply, where it can never become another one: the path is there, and what it is stays."""
+        if request.operation is wire.QUERY_VALID_PATHS and len(cast(list[str], request.values[0])) == 1:
+            text = cast(list[str], request.values[0])[0]
+        elif request.operation is wire.QUERY_PATH_INFO or request.operation is wire.IS_VALID_PATH:
+            text = cast(str, request.values[0])
+        else:
+            return
+        info = self._known.known(self._path(text))
+        if info is not None:
+            self._known.replies.keep(encoded, Reply(reply, info.store_path, info.info.nar_size))
+
     def at_once(self, request: Request) -> Sequence[Value] | None:
         """The reply when it is known; None: ``later`` has to be awaited. FormatError: a bad argument."""
         operation = request.operation
@@ -58,6 +80,11 @@ class Answers:
             if info is None:
                 return None
             return self._described(info) if operation is wire.QUERY_PATH_INFO else _DONE
+        if operation is wire.QUERY_VALID_PATHS:
+            texts = cast(list[str], request.values[0])
+            if len(texts) > _AT_ONCE or any(self._known.known(self._path(text)) is None for text in texts):
+                return None
+            return (texts,)
         if operation is wire.SET_OPTIONS:
             return ()
         if operation is wire.ADD_TEMP_ROOT:  # nothing collects garbage here

@@ -6,13 +6,15 @@ that is under way instead of asking again. A path that no source has, or that no
 only: the rest of the closure goes on.
 
 Invariants: W1: only path infos that the view's policy accepted are kept. W2: at most one resolution per path is under way.
-W3: "there is none" and failures are not kept here; how long they hold is the sources' affair.
+W3: "there is none" and failures are not kept here; how long they hold is the sources' affair. W4: an encoded reply is kept only
+when it was made from a path info of W1 and says nothing else, so it can neither grow old nor be another view's.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from veneer.model.errors import SourceError
@@ -30,8 +32,42 @@ LOCAL_AHEAD = 2
 """Resolutions started per turn of the event loop: those that need no network must not hold up the questions."""
 
 
+REPLIES_KEPT = 16 << 20
+"""Bytes of encoded requests and replies in memory; beyond it they begin anew."""
+
+
+_REPLY_OVERHEAD = 300
+"""Of objects, about."""
+
+
 class NoAnswerError(SourceError):
     """No source has answered in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The encoded ``reply`` to a question about ``path``."""
+
+    reply: bytes
+    path: StorePath
+    nar_size: int
+
+
+class Replies:
+    """Encoded replies by encoded request (W4): most of Nix's questions are asked again with each new database."""
+
+    def __init__(self, limit: int = REPLIES_KEPT) -> None:
+        self._limit = limit
+        self._size = 0
+        self._kept: dict[bytes, Reply] = {}
+        self.get = self._kept.get
+
+    def keep(self, request: bytes, reply: Reply) -> None:
+        if self._size > self._limit:
+            self._kept.clear()
+            self._size = 0
+        self._kept[request] = reply
+        self._size += len(request) + len(reply.reply) + _REPLY_OVERHEAD
 
 
 class KnownPaths:
@@ -51,6 +87,7 @@ class KnownPaths:
         kept: int = KEPT,
     ) -> None:
         self.view = view
+        self.replies = Replies()
         self._resolver = resolver
         self._trusted = trusted
         self._parallel = parallel

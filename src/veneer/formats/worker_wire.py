@@ -51,6 +51,8 @@ TRUST_SINCE = 0x123
 VERSION_STRING_SINCE = 0x121
 STRUCTURED_ERRORS_SINCE = 0x11A
 CPU_TIMES_SINCE = 0x125
+SUBSTITUTE_SINCE = 0x11B
+"""From here on the same bytes are the same request in every version, for the operations that ask whether a path is there."""
 
 MAX_STRING = 64 << 10
 MAX_ITEMS = 1 << 17
@@ -143,7 +145,7 @@ QUERY_PATH_FROM_HASH_PART = Operation(
     29, "QueryPathFromHashPart", (Field("hash_part", Kind.STRING),), (Field("path_or_empty", Kind.STRING),)
 )
 QUERY_VALID_PATHS = Operation(
-    31, "QueryValidPaths", (_PATHS, Field("substitute", Kind.U64, since=0x11B)), (_PATHS,)
+    31, "QueryValidPaths", (_PATHS, Field("substitute", Kind.U64, since=SUBSTITUTE_SINCE)), (_PATHS,)
 )
 QUERY_VALID_DERIVERS = Operation(33, "QueryValidDerivers", (_PATH,), (_PATHS,))
 NAR_FROM_PATH = Operation(38, "NarFromPath", (_PATH,), (Field("nar", Kind.NAR),))
@@ -276,6 +278,7 @@ class RequestDecoder:
         """The one that both speak; known from ``Greeted`` on."""
         self._buffer = bytearray()
         self._declared = 0
+        self._between = False
         self._machine = self._run()
 
     @property
@@ -283,7 +286,12 @@ class RequestDecoder:
         """Bytes that an unfinished request occupies here, about."""
         return len(self._buffer) + self._declared
 
-    def feed(self, data: bytes) -> list[Event]:
+    @property
+    def between_requests(self) -> bool:
+        """Whether the next byte is the first of a request."""
+        return self._between and not self._buffer
+
+    def feed(self, data: bytes | memoryview) -> list[Event]:
         """Every event that is complete with ``data``."""
         self._buffer += data
         events = []
@@ -320,7 +328,9 @@ class RequestDecoder:
         yield Greeted(self.version)
         while True:
             self._declared = 0
+            self._between = True
             number = yield from self._integer()
+            self._between = False
             operation = OPERATIONS.get(number)
             if operation is None or operation.since > self.version:
                 return Refused(number)

@@ -13,7 +13,7 @@ from veneer.sources.base import Source
 
 from .account import Account, Stories
 from .remembered import RememberedSource
-from .verify import verify_path_info
+from .verify import SignatureMemory, verify_path_info
 from .views import View
 
 
@@ -36,8 +36,9 @@ class AbsentError(NotFoundError):
 class Resolver:
     """Asks a view's sources in order. Failures that a later source makes up for go to ``stories``."""
 
-    def __init__(self, stories: Stories) -> None:
+    def __init__(self, stories: Stories, memory: SignatureMemory) -> None:
         self._stories = stories
+        self._memory = memory
 
     async def candidates(
         self, view: View, path: StorePath, account: Account
@@ -57,6 +58,7 @@ class Resolver:
                     info = verify_path_info(
                         view.policy,
                         unverified,
+                        self._memory,
                         source_url=source.url,
                         source_trusted=source.url in view.trusted,
                     )

@@ -69,7 +69,7 @@ class Store:
         self._clock = clock
         self._notices = notices
         self._limits = limits
-        self.resolver = Resolver(self.stories)
+        self.resolver = Resolver(self.stories, cache.index)
         self.fetcher = Fetcher(
             cache,
             self.stories,

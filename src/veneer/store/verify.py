@@ -3,20 +3,27 @@
 - ``verify_path_info``: a narinfo becomes ``PathInfo`` when a trusted key signed its fingerprint, or when the source itself
   is trusted, or when the view does not require signatures. Content-addressed paths get no exception: Nix accepts them
   unsigned because it recomputes their address on import; we serve before an import and ask for a signature.
+  Invariant S1: a signature that was found valid is remembered under a digest of the key's bytes, the signature's text and
+  the signed bytes, and under nothing else. So the memory answers only "are these bytes signed so by this key", which never
+  changes. Whose keys count is asked of the policy each time, before the memory: a narinfo that changed in a signed field, another
+  signature, a key of the same name with other bytes, a view with other keys, none of them finds what it has no right to.
+  Failures are not remembered.
 - ``receive_nar``: an encoded NAR stream becomes ``VerifiedNar`` when its decoded bytes have the signed size and hash.
   The NAR's own grammar is checked on the way and gives the tree.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from veneer.cache.nars import IncomingNar, VerifiedNar
 from veneer.formats.nar import NarParser, TreeBuilder
 from veneer.formats.signature import PublicKey, fingerprint
-from veneer.model.errors import FormatError, HashMismatchError, TrustError
+from veneer.model.errors import CacheError, FormatError, HashMismatchError, TrustError
 from veneer.model.path_info import PathInfo, UnverifiedPathInfo
 from veneer.model.tree import Node
 from veneer.sources.compression import open_decoder
@@ -31,6 +38,13 @@ class Readable(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
 
 
+class SignatureMemory(Protocol):
+    """Digests of valid signatures (S1), kept over restarts; ``cache.index`` is one."""
+
+    def signature_verified(self, digest: bytes) -> bool: ...
+    def put_signature_verified(self, digest: bytes) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TrustPolicy:
     """Whose word counts. ``keys`` by name; several keys may share one name."""
@@ -40,7 +54,12 @@ class TrustPolicy:
 
 
 def verify_path_info(
-    policy: TrustPolicy, unverified: UnverifiedPathInfo, *, source_url: str, source_trusted: bool
+    policy: TrustPolicy,
+    unverified: UnverifiedPathInfo,
+    memory: SignatureMemory,
+    *,
+    source_url: str,
+    source_trusted: bool,
 ) -> PathInfo:
     """``unverified`` with the names of the trusted keys that signed it. TrustError when nobody vouches for it."""
     signed_by: list[str] = []
@@ -48,7 +67,7 @@ def verify_path_info(
         text = fingerprint(unverified)
         for signature in unverified.signatures:
             name = signature.partition(":")[0]
-            if any(key.name == name and key.verify(text, signature) for key in policy.keys):
+            if any(key.name == name and _signed(key, text, signature, memory) for key in policy.keys):
                 signed_by.append(name)
     if not signed_by and policy.require_signatures and not source_trusted:
         names = ", ".join(s.partition(":")[0] for s in unverified.signatures)
@@ -60,6 +79,21 @@ def verify_path_info(
             hint="add the cache's key with --trusted-public-key, or trusted=true to the cache's URL if you trust its every byte",
         )
     return PathInfo(unverified, tuple(signed_by))
+
+
+def _signed(key: PublicKey, text: bytes, signature: str, memory: SignatureMemory) -> bool:
+    """``key.verify``, once for each key, text and signature."""
+    digest = hashlib.sha256(key.raw)  # of fixed length; a length parts the other two
+    said = signature.encode("utf-8", "surrogateescape")
+    digest.update(len(said).to_bytes(8, "little") + said + text)
+    known = digest.digest()
+    if memory.signature_verified(known):
+        return True
+    if not key.verify(text, signature):
+        return False
+    with suppress(CacheError):  # the disk may be full: it is checked again then
+        memory.put_signature_verified(known)
+    return True
 
 
 def receive_nar(
