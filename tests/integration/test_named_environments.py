@@ -182,6 +182,19 @@ def test_the_environment_outlives_the_first_command(user_of: Caller) -> None:
         assert first.wait(20) == 7
 
 
+def test_a_first_command_that_waits_for_others_can_be_interrupted(user_of: Caller) -> None:
+    with owner(user_of) as first, joined(user_of) as second:
+        assert first.stdin is not None
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stderr is not None
+        assert "others use the environment" in read_line(first.stderr)
+        first.send_signal(signal.SIGINT)
+        assert second.wait(20) == 125
+        assert first.wait(20) == 7
+    assert environments(user_of)["dev"]["state"] == "idle"
+
+
 def joiner_members(joiner: int) -> dict[str, int]:
     (keeper,) = children(joiner)
     (stand_in,) = children(keeper)

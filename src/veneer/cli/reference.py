@@ -89,9 +89,15 @@ def exit_codes_page() -> str:
         first = min(kinds, key=lambda kind: len(kind.__mro__))
         names = ", ".join(f"`{kind.__name__}`" for kind in sorted(kinds, key=lambda k: k.__name__))
         rows.append((str(code), names, _MEANINGS.get(code) or _first_line(first)))
-    rows.append(("125", "", "`veneer run`: a failure of veneer's own, before or instead of the command."))
-    rows.append(("126", "", "`veneer run`: the command was found and cannot be executed."))
-    rows.append(("127", "", "`veneer run`: the command was not found."))
+    rows.append(
+        (
+            "125",
+            "",
+            "`veneer run`, `veneer enter`: a failure of veneer's own, before or instead of the command.",
+        )
+    )
+    rows.append(("126", "", "`veneer run`, `veneer enter`: the command was found and cannot be executed."))
+    rows.append(("127", "", "`veneer run`, `veneer enter`: the command was not found."))
     rows.append(
         ("128 + n", "", "Ended by signal n; `veneer run` dies by the signal that its command died by.")
     )
