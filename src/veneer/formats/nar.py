@@ -29,7 +29,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from veneer.model.errors import FormatError, LimitError
+from veneer.model.errors import FormatError, LimitError, TruncatedError
 from veneer.model.tree import (
     MAX_DEPTH,
     MAX_ENTRIES,
@@ -169,7 +169,7 @@ class NarParser:
         """The NAR's size, when it is whole. FormatError otherwise."""
         if self._state != self._done:
             self._state = self._failed
-            raise FormatError("NAR is cut short", where=f"NAR offset {self._base + len(self._rest)}")
+            raise TruncatedError("NAR is cut short", where=f"NAR offset {self._base + len(self._rest)}")
         return self._base
 
     def _root(self, buffer: bytes, at: int, events: list[Event]) -> int:

@@ -47,6 +47,10 @@ class FormatError(VeneerError):
     """Bytes that do not follow their format. ``where`` names the format and, when known, the offset."""
 
 
+class TruncatedError(FormatError):
+    """Bytes that end before their format does; what came before may well be right."""
+
+
 class LimitError(FormatError):
     """A declared or real size beyond what we accept."""
 

@@ -14,7 +14,7 @@ blow up; how much output is too much is the caller's business (it knows the NAR'
 | gzip | RFC 1952 | several members |
 | lz4 | LZ4 frame format 1.6 | several frames |
 
-FormatError: corrupt, truncated, trailing garbage, unknown name. An empty input is truncated for every format but none.
+FormatError: corrupt, truncated (TruncatedError), trailing garbage, unknown name. An empty input is truncated for every format but none.
 The bindings leave gaps that are closed here: zstandard's reader takes a frame cut in the middle for a good end (hence
 ``FrameScanner``), brotli overshoots its output limit (the rest is kept), and one xz decoder stops at the first stream's end.
 Errors of the encoded reader itself pass through unchanged.
@@ -33,7 +33,7 @@ import brotli
 import lz4.frame
 import zstandard
 
-from veneer.model.errors import FormatError
+from veneer.model.errors import FormatError, TruncatedError
 
 INPUT_PIECE = 256 << 10
 """Encoded bytes asked for at a time."""
@@ -131,7 +131,7 @@ class _StreamReader:
         if stream.needs_input:
             data, self._rest = self._rest or self._encoded.read(INPUT_PIECE), b""
             if not data:
-                raise FormatError("truncated", where=self._name)
+                raise TruncatedError("truncated", where=self._name)
         try:
             return stream.decompress(data, size)
         except _CODEC_ERRORS as error:
@@ -255,7 +255,7 @@ class _ZstdReader:
         except zstandard.ZstdError as error:
             raise FormatError(f"corrupt: {error}", where="zstd") from error
         if not piece and size != 0 and not self._input.scanner.complete:
-            raise FormatError("truncated", where="zstd")
+            raise TruncatedError("truncated", where="zstd")
         return piece
 
 

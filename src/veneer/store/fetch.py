@@ -34,7 +34,7 @@ from veneer.model.tree import Node
 from .account import Account, Stories
 from .pipe import ChunkPipe
 from .resolve import Candidate
-from .verify import receive_nar
+from .verify import CutError, receive_nar
 
 QUARANTINE_SECONDS = 3600.0
 
@@ -202,9 +202,15 @@ class Fetcher:
         raise _story(row.store_path, failures)
 
     async def _from(self, download: Download, candidate: Candidate, account: Account) -> int:
-        """One attempt, with one more after making room when the disk is full."""
+        """One attempt, with one more after making room when the disk is full, or when the body was cut.
+
+        (Where the body's length is known the source itself has tried again.)
+        """
         try:
             return await self._attempt(download, candidate, account)
+        except CutError:
+            if download.prefix:
+                raise
         except CacheFullError:
             if download.prefix or not self._make_room(download.row.nar_size):
                 raise  # F4: what was shown of the first attempt would not be verified by the second

@@ -23,10 +23,22 @@ from typing import Protocol
 from veneer.cache.nars import IncomingNar, VerifiedNar
 from veneer.formats.nar import NarParser, TreeBuilder
 from veneer.formats.signature import PublicKey, fingerprint
-from veneer.model.errors import CacheError, FormatError, HashMismatchError, TrustError
+from veneer.model.errors import (
+    CacheError,
+    FormatError,
+    HashMismatchError,
+    SourceError,
+    TruncatedError,
+    TrustError,
+)
 from veneer.model.path_info import PathInfo, UnverifiedPathInfo
 from veneer.model.tree import Node
 from veneer.sources.compression import open_decoder
+
+
+class CutError(SourceError):
+    """A body that ended before its time, of a source that says neither at first nor at the end how long it is."""
+
 
 PIECE = 1 << 20
 """Bytes decoded, hashed and written at a time."""
@@ -102,7 +114,8 @@ def receive_nar(
     """Decode, check and write a whole NAR; blocks, for a worker thread.
 
     ``progress`` is told the NAR bytes written so far. HashMismatchError or FormatError: the content is bad and nothing
-    of ``incoming`` may be used. Reads at most one piece beyond the signed size, whatever the stream holds.
+    of ``incoming`` may be used. CutError: it ended early and nobody said how long it is, so it may be good, and it is the
+    transfer that is bad. Reads at most one piece beyond the signed size, whatever the stream holds.
     """
     expected = info.info
     decoder = open_decoder(expected.compression, encoded)
@@ -123,6 +136,11 @@ def receive_nar(
             progress(size)
         parser.finish()
     except FormatError as error:
+        if isinstance(error, TruncatedError) and expected.file_size is None:
+            raise CutError(
+                f"the NAR file of {info.store_path} ended early, at byte {size} of {expected.nar_size}",
+                where=where,
+            ) from error
         raise FormatError(f"NAR of {info.store_path}: {error.what}", where=where) from error
     digest = hasher.digest()
     if size != expected.nar_size or digest != expected.nar_hash.digest:
