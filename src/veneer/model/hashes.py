@@ -17,6 +17,7 @@ from .errors import FormatError
 
 NIX32_ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
 _TO_BASE_32 = str.maketrans(NIX32_ALPHABET, "0123456789abcdefghijklmnopqrstuv")
+_FROM_BASE_32 = str.maketrans("0123456789ABCDEFGHIJKLMNOPQRSTUV", NIX32_ALPHABET)
 _FOREIGN = re.compile(f"[^{NIX32_ALPHABET}]")
 DIGEST_SIZES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 
@@ -31,8 +32,10 @@ class Hasher(Protocol):
 def nix32_encode(data: bytes) -> str:
     """Nix32 text of ``data``; ``ceil(len*8/5)`` characters."""
     length = (len(data) * 8 + 4) // 5
-    number = int.from_bytes(data, "little")
-    return "".join(NIX32_ALPHABET[(number >> (5 * i)) & 31] for i in reversed(range(length)))
+    whole = -(-length // 8)  # base 32 comes in groups of 5 bytes, 8 characters
+    number = int.from_bytes(data, "little") << 5 * (8 * whole - length)
+    encoded = base64.b32hexencode(number.to_bytes(5 * whole, "big"))
+    return encoded[:length].decode("ascii").translate(_FROM_BASE_32)
 
 
 def nix32_decode(text: str) -> bytes:
