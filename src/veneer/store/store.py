@@ -1,8 +1,8 @@
 """The store as the daemon sees it: names become path numbers with published trees, path numbers become readable bytes.
 
 Invariants: S1: a path number is given out only after its tree file was renamed into place. S2: a listing only ever gives
-metadata; when the NAR arrives the tree made from it must be byte for byte the published one, otherwise the number is
-condemned and the path lives on under a new one. S3: nothing is served in a view whose policy refuses the path info.
+metadata, which the NAR confirms when it arrives (``trees``), or else the number is condemned and the path lives on under
+a new one. S3: nothing is served in a view whose policy refuses the path info.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from typing import TypeVar
 from veneer.cache.cache import Cache, Evicted
 from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.cache.nars import VerifiedNar
-from veneer.formats.listing import parse_listing
-from veneer.formats.nar import tree_of_nar
-from veneer.formats.tree_index import encode_tree
-from veneer.model.errors import FormatError, HashMismatchError, NotFoundError, SourceError, VeneerError
+from veneer.model.errors import HashMismatchError, NotFoundError, SourceError, VeneerError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
@@ -29,17 +26,13 @@ from .ahead import Ahead
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
 from .resolve import AbsentError, Resolver
-from .verify import PIECE
+from .trees import PublishedTrees
 from .views import View
 
 T = TypeVar("T")
 
 READERS_PLACES = 2
 """Of ``Limits.parallel_downloads``, those that nothing but readers takes."""
-
-LISTINGS = "listing"
-"""In place of a source's URL in the quarantine: no listing of this path is believed, whoever has it."""
-LISTINGS_SECONDS = 10 * 365 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +63,36 @@ class Store:
         self._notices = notices
         self._limits = limits
         self.resolver = Resolver(self.stories, cache.index)
+        self._trees = PublishedTrees(
+            cache,
+            clock,
+            self.stories,
+            self.resolver,
+            row=self._row,
+            is_whole=self._is_whole,
+            condemn=self._condemn,
+            dropped=notices.dropped,
+        )
         self.fetcher = Fetcher(
             cache,
             self.stories,
             clock,
-            self._encoded,
+            self._trees.encode,
             self._admit,
             self._condemn,
             self.make_room,
             parallel=limits.parallel_downloads,
         )
-        self._trees: dict[int, asyncio.Task[bool]] = {}
         self._ahead = Ahead(self, self.stories)
         self._places = asyncio.Semaphore(max(1, limits.parallel_downloads - READERS_PLACES))
 
     async def close(self) -> None:
         """End everything under way."""
-        tasks: list[asyncio.Task[bool] | asyncio.Task[None]] = [
-            *self._trees.values(),
-            *self._ahead.tasks,
-        ]
-        for task in tasks:
+        ahead = self._ahead.tasks
+        for task in ahead:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*ahead, return_exceptions=True)
+        await self._trees.close()
         await self.fetcher.close()
 
     async def lookup(self, view: View, path: StorePath, account: Account) -> PathRow:
@@ -165,7 +165,7 @@ class Store:
 
     async def listed(self, view: View, info: PathInfo, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings."""
-        return await self._listed(view, self._row_of(info), account)
+        return await self._trees.without_nar(view, self._row_of(info), account)
 
     async def closure(
         self,
@@ -258,93 +258,13 @@ class Store:
     async def _published(self, view: View, info: PathInfo, account: Account) -> PathRow:
         """The row of ``info`` with a published tree: from a listing if there is one, from the NAR otherwise."""
         row = self._row_of(info)
-        if await self._listed(view, row, account):
+        if await self._trees.without_nar(view, row, account):
             return self._row(row.number)
         return self._row(await self._fetched(view, row, account, self.fetcher.whole))
 
-    async def _listed(self, view: View, row: PathRow, account: Account) -> bool:
-        """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
-        if self._has_tree(row):
-            return True
-        task = self._trees.get(row.number)
-        if task is None:
-            task = asyncio.create_task(self._from_listing(view, row, account), name=f"tree {row.store_path}")
-            self._trees[row.number] = task
-            task.add_done_callback(lambda done: self._tree_done(row.number, done))
-        return await asyncio.shield(task)
-
-    async def _from_listing(self, view: View, row: PathRow, account: Account) -> bool:
-        """Publish a tree without fetching the NAR. Where that is here, nothing else says what its tree is (S2)."""
-        if self._is_whole(row):
-            try:
-                encoded = await asyncio.to_thread(self._encoded_of_nar, row)
-            except FileNotFoundError:
-                pass  # evicted meanwhile
-            except FormatError as error:
-                self.stories.add(str(row.store_path), error)
-                self.cache.nars.drop(row.number)
-                self._notices.dropped(row.number)
-            else:
-                self.cache.trees.publish(self._row(row.number).number, [encoded], TreeState.CHECKED)
-                return True
-        hash_part = row.store_path.hash_part
-        async with aclosing(self.resolver.candidates(view, row.store_path, account)) as candidates:
-            async for candidate in candidates:
-                source = candidate.source
-                if candidate.info.info.nar_hash != row.nar_hash or self._no_listing(source.url, row):
-                    continue
-                try:
-                    data = await source.listing(hash_part, account.meter(row.store_path))
-                    if data is None:
-                        self.cache.index.put_listing_absent(source.url, hash_part, self._clock())
-                        continue
-                    node = await asyncio.to_thread(parse_listing, data, nar_size=row.nar_size)
-                    encoded = await asyncio.to_thread(self._encoded, row, node)
-                except (SourceError, FormatError) as error:
-                    self.stories.add(str(row.store_path), error)
-                    continue
-                if not self._has_tree(self._row(row.number)):  # else the NAR was faster
-                    self.cache.trees.publish(row.number, [encoded], TreeState.LISTED)
-                return True
-        return False
-
-    def _no_listing(self, url: str, row: PathRow) -> bool:
-        """Whether the source has no usable listing of this path: it said so, or it lied about it before."""
-        if self.cache.index.listing_absent(url, row.store_path.hash_part) is not None:
-            return True
-        return self.cache.index.quarantined(row.store_path, row.nar_hash, LISTINGS, self._clock()) is not None
-
-    def _has_tree(self, row: PathRow) -> bool:
-        return row.tree != TreeState.NONE and self.cache.trees.has(row.number)
-
-    def _encoded_of_nar(self, row: PathRow) -> bytearray:
-        """The tree of a NAR that was verified when it was admitted. FormatError, OSError. On a worker thread."""
-        with open(self.cache.nars.path(row.number), "rb", buffering=0) as file:
-            return self._encoded(row, tree_of_nar(iter(lambda: file.read(PIECE), b"")))
-
-    def _encoded(self, row: PathRow, node: Node) -> bytearray:
-        return encode_tree(
-            node,
-            path_number=row.number,
-            generation=self.cache.generation,
-            nar_hash=row.nar_hash.digest,
-            nar_size=row.nar_size,
-        )
-
     def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytearray) -> int:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
-        row = self._row(row.number)
-        if self._has_tree(row):
-            if self.cache.trees.path(row.number).read_bytes() == encoded:
-                self.cache.index.set_tree(row.number, TreeState.CHECKED)
-            else:
-                error = HashMismatchError(f"the listing of {row.store_path} differs from its verified NAR")
-                now = self._clock()
-                self.cache.index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
-                row = self._condemn(row, error)
-                self.cache.trees.publish(row.number, [self._encoded(row, node)], TreeState.CHECKED)
-        else:
-            self.cache.trees.publish(row.number, [encoded], TreeState.CHECKED)
+        row = self._trees.admit(self._row(row.number), node, encoded)
         self.cache.nars.admit(row.number, verified)
         self.cache.index.touch([(row.number, self._clock())])
         self.make_room()
@@ -369,11 +289,6 @@ class Store:
         for evicted in gone:
             if not evicted.tree:
                 self._notices.dropped(evicted.path_number)
-
-    def _tree_done(self, number: int, task: asyncio.Task[bool]) -> None:
-        del self._trees[number]
-        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
-            self.stories.add(f"tree {number:x}", error)
 
     def _evidence_changed(self, view: View, account: Account) -> None:
         if self._limits.prefetch:

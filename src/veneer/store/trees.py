@@ -1,0 +1,167 @@
+"""Publishes trees: from a listing while only metadata is wanted, from the NAR once that is here.
+
+S2 is kept here: a listing only ever gives metadata; the tree made from the verified NAR must be byte for byte the
+published one, otherwise the number is condemned and no listing of the path is believed any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+
+from veneer.cache.cache import Cache
+from veneer.cache.index import PathRow, TreeState
+from veneer.formats.listing import parse_listing
+from veneer.formats.nar import tree_of_nar
+from veneer.formats.tree_index import encode_tree
+from veneer.model.errors import FormatError, HashMismatchError, SourceError, VeneerError
+from veneer.model.tree import Node
+
+from .account import Account, Stories
+from .resolve import Resolver
+from .verify import PIECE
+from .views import View
+
+LISTINGS = "listing"
+"""In place of a source's URL in the quarantine: no listing of this path is believed, whoever has it."""
+LISTINGS_SECONDS = 10 * 365 * 86400.0
+
+
+class PublishedTrees:
+    """One per store; event loop only, except ``encode``.
+
+    ``row``: the row of a living path number, read anew. ``is_whole``: whether its NAR is here. ``condemn``: ends a number
+    and gives the path's new row. ``dropped``: told of a number whose NAR file was unlinked.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        clock: Callable[[], float],
+        stories: Stories,
+        resolver: Resolver,
+        *,
+        row: Callable[[int], PathRow],
+        is_whole: Callable[[PathRow], bool],
+        condemn: Callable[[PathRow, VeneerError], PathRow],
+        dropped: Callable[[int], None],
+    ) -> None:
+        self._cache = cache
+        self._clock = clock
+        self._stories = stories
+        self._resolver = resolver
+        self._row = row
+        self._is_whole = is_whole
+        self._condemn = condemn
+        self._dropped = dropped
+        self._open: dict[int, asyncio.Task[bool]] = {}
+
+    async def close(self) -> None:
+        """End everything under way."""
+        tasks = list(self._open.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def without_nar(self, view: View, row: PathRow, account: Account) -> bool:
+        """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
+        if self._has(row):
+            return True
+        task = self._open.get(row.number)
+        if task is None:
+            task = asyncio.create_task(self._publish(view, row, account), name=f"tree {row.store_path}")
+            self._open[row.number] = task
+            task.add_done_callback(lambda done: self._closed(row.number, done))
+        return await asyncio.shield(task)
+
+    def admit(self, row: PathRow, node: Node, encoded: bytearray) -> PathRow:
+        """Publish the tree of a NAR that was verified just now, and compare it with the published one (S2).
+
+        The row that the path has now: another one when they differ.
+        """
+        if not self._has(row):
+            self._cache.trees.publish(row.number, [encoded], TreeState.CHECKED)
+        elif self._cache.trees.path(row.number).read_bytes() == encoded:
+            self._cache.index.set_tree(row.number, TreeState.CHECKED)
+        else:
+            error = HashMismatchError(f"the listing of {row.store_path} differs from its verified NAR")
+            now = self._clock()
+            self._cache.index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
+            row = self._condemn(row, error)
+            self._cache.trees.publish(row.number, [self.encode(row, node)], TreeState.CHECKED)
+        return row
+
+    def encode(self, row: PathRow, node: Node) -> bytearray:
+        """The tree's file. Any thread."""
+        return encode_tree(
+            node,
+            path_number=row.number,
+            generation=self._cache.generation,
+            nar_hash=row.nar_hash.digest,
+            nar_size=row.nar_size,
+        )
+
+    # -- details
+
+    def _has(self, row: PathRow) -> bool:
+        return row.tree != TreeState.NONE and self._cache.trees.has(row.number)
+
+    async def _publish(self, view: View, row: PathRow, account: Account) -> bool:
+        """Where the NAR is here, nothing else says what its tree is (S2)."""
+        if self._is_whole(row) and await self._publish_of_nar(row):
+            return True
+        hash_part = row.store_path.hash_part
+        async with aclosing(self._resolver.candidates(view, row.store_path, account)) as candidates:
+            async for candidate in candidates:
+                source = candidate.source
+                if candidate.info.info.nar_hash != row.nar_hash or self._has_no_listing(source.url, row):
+                    continue
+                try:
+                    data = await source.listing(hash_part, account.meter(row.store_path))
+                    if data is None:
+                        self._cache.index.put_listing_absent(source.url, hash_part, self._clock())
+                        continue
+                    encoded = await self._encoded_of_listing(row, data)
+                except (SourceError, FormatError) as error:
+                    self._stories.add(str(row.store_path), error)
+                    continue
+                if not self._has(self._row(row.number)):  # else the NAR was faster
+                    self._cache.trees.publish(row.number, [encoded], TreeState.LISTED)
+                return True
+        return False
+
+    async def _publish_of_nar(self, row: PathRow) -> bool:
+        """From the NAR that is here; False when it is not any more, or cannot be read."""
+        try:
+            encoded = await asyncio.to_thread(self._encoded_of_nar, row)
+        except FileNotFoundError:
+            return False  # evicted meanwhile
+        except FormatError as error:
+            self._stories.add(str(row.store_path), error)
+            self._cache.nars.drop(row.number)
+            self._dropped(row.number)
+            return False
+        self._cache.trees.publish(self._row(row.number).number, [encoded], TreeState.CHECKED)
+        return True
+
+    def _encoded_of_nar(self, row: PathRow) -> bytearray:
+        """The tree of a NAR that was verified when it was admitted. FormatError, OSError. On a worker thread."""
+        with open(self._cache.nars.path(row.number), "rb", buffering=0) as file:
+            return self.encode(row, tree_of_nar(iter(lambda: file.read(PIECE), b"")))
+
+    async def _encoded_of_listing(self, row: PathRow, data: bytes) -> bytearray:
+        node = await asyncio.to_thread(parse_listing, data, nar_size=row.nar_size)
+        return await asyncio.to_thread(self.encode, row, node)
+
+    def _has_no_listing(self, url: str, row: PathRow) -> bool:
+        """Whether the source has no usable listing of this path: it said so, or it lied about it before."""
+        if self._cache.index.listing_absent(url, row.store_path.hash_part) is not None:
+            return True
+        reason = self._cache.index.quarantined(row.store_path, row.nar_hash, LISTINGS, self._clock())
+        return reason is not None
+
+    def _closed(self, number: int, task: asyncio.Task[bool]) -> None:
+        del self._open[number]
+        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
+            self._stories.add(f"tree {number:x}", error)
