@@ -46,6 +46,7 @@ cd "$1"; shift
 mount -t tmpfs -o mode=755 none .; cd "$PWD"
 for entry in /* /.[!.]*; do
     name=${entry#/}
+    if [ "$name" = nix ]; then continue; fi  # a real one is not ours to write to
     if [ -L "$entry" ]; then cp -P "$entry" .
     elif [ -d "$entry" ]; then mkdir "$name"; mount --rbind "$entry" "$name"
     elif [ -e "$entry" ]; then : > "$name"; mount --bind "$entry" "$name"

@@ -100,7 +100,7 @@ def test_commands_of_one_name_see_each_others_writes_and_the_store(
 
 
 def test_runs_that_start_at_once_come_together(user_of: Caller) -> None:
-    script = "echo $0 > /nix/store/$0; echo up; read line; ls /nix/store"
+    script = "echo $0 > /nix/store/$0; echo up; read line; cd /nix/store; ls 0 1 2 3"
     words = [user_of.words("run", "--name", "dev", "--", "sh", "-c", script, str(n)) for n in range(4)]
     processes = [user_of.popen(line) for line in words]
     try:
@@ -129,8 +129,8 @@ def test_environments_of_other_names_share_the_daemon_and_nothing_else(
         daemon = user_of.daemon_pid()
         with owner(user_of, "echo two > /nix/store/other; " + HOLD, "two"):
             assert user_of.daemon_pid() == daemon
-            assert enter(user_of, "ls /nix/store", "one").stdout == "mine\n"
-            assert enter(user_of, "ls /nix/store", "two").stdout == "other\n"
+            assert enter(user_of, "cd /nix/store; ls mine other", "one").stdout == "mine\n"
+            assert enter(user_of, "cd /nix/store; ls mine other", "two").stdout == "other\n"
 
 
 def test_exit_status_and_signals_of_a_joined_command_are_its_own(user_of: Caller) -> None:
