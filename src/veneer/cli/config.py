@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("http", "https", "file", "s3", "gs", "az")
 NIX_SPECIAL = ("auto", "daemon", "local", "dummy")
-"""Store names that nix.conf may hold and that are no binary caches."""
+"""Store names that nix.conf may hold and that are no substituters of ours."""
 Verify = Literal["strict", "deferred"]
 
 
@@ -61,7 +61,11 @@ KEYS = (
 )
 SOURCE_KEYS = (
     Key(
-        "url", "string", (str,), "required", "A Nix store URL: http, https, file, s3, gs, az, or a directory."
+        "url",
+        "string",
+        (str,),
+        "required",
+        "A Nix store URL: http, https, file, s3, gs, az, local, or a directory with a binary cache.",
     ),
     Key("priority", "integer", (int,), "the cache's own", "Lower is asked first."),
     Key("trusted", "boolean", (bool,), "false", "Believe this source without signatures."),
@@ -260,7 +264,9 @@ def _check(table: Mapping[str, object], keys: Sequence[Key], where: str) -> None
 
 
 def source_url(text: str) -> str:
-    """A store URL that means the same in any directory. UsageError for what is no binary cache."""
+    """A store URL that means the same in any directory. UsageError for what is neither a binary cache nor a store."""
+    if text == "local" or text.startswith(("local?", "local://")):
+        return text
     if "://" not in text:
         if text in NIX_SPECIAL:
             raise UsageError(f"{text} is no binary cache", hint=_CACHE_HINT)
@@ -284,7 +290,9 @@ def _warn_of_unknown_keys(sources: Sequence[SourceSetting], warn: Callable[[str]
             warn(f"unknown option '{key}' of {without_secrets(url)} is ignored")
 
 
-_CACHE_HINT = f"a cache is a directory or a URL with one of {', '.join(SCHEMES)}"
+_CACHE_HINT = (
+    f"a cache is a directory or a URL with one of {', '.join(SCHEMES)}; a store is local or local?root=DIR"
+)
 
 
 def is_binary_cache(text: str) -> bool:

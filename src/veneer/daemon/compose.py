@@ -11,6 +11,7 @@ from veneer.sources.base import Source
 from veneer.sources.chain import SourceChain
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.sources.options import SourceOptions, parse_source_url
+from veneer.sources.store_directory import StoreDirectory, is_trusted
 from veneer.store.remembered import RememberedSource
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import View, ViewConfig, open_view
@@ -29,7 +30,7 @@ def build_store(cache: Cache, clock: Clock, notices: Notices, limits: Limits) ->
 
 
 def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
-    """A view's sources, each behind the cache's memory. FormatError, UsageError: the configuration is wrong.
+    """A view's sources, caches behind our cache's memory. FormatError, UsageError: the configuration is wrong.
 
     ``clock``: seconds since the epoch, kept with answers over restarts; rests are measured on one that never jumps.
     """
@@ -39,6 +40,9 @@ def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
 
     def make_source(url: str) -> tuple[Source, bool]:
         parsed = parse_source_url(url)
+        if parsed.scheme == "local":
+            # not remembered: what a store directory has may go, and come back with another content
+            return StoreDirectory(parsed, options), is_trusted(parsed)
         inner = ObjectStoreSource(parsed, options)
         remembered = RememberedSource(
             inner, cache.index, clock, negative_ttl=config.negative_ttl, store_dir=config.store_dir

@@ -4,6 +4,7 @@ Source: the Nix manual, "Store URL format" and the pages of the HTTP, S3 and loc
 
     url    = scheme "://" [ user [ ":" password ] "@" ] place [ "?" key "=" value { "&" key "=" value } ]
            | path                                        a directory, as file://
+         | "local" [ "?" keys ]                         a store directory, as Nix spells it; local:///x is local?root=/x
     scheme = http | https | file | s3 | gs | az
 
 Everything is percent-decoded once. Known keys:
@@ -14,6 +15,7 @@ Everything is percent-decoded once. Known keys:
 | trusted | true: believed without signatures |
 | want-mass-query | kept, not used |
 | region, endpoint, scheme, profile | s3 only, as in Nix |
+| root, real, state, store | local only, as in Nix: the root below which /nix is; the files; Nix's state; the store directory of the paths |
 
 Nix's other keys (IGNORED_KEYS) matter for writing or for Nix's own caches and have no effect. Keys that nobody knows have
 none either, and users are told, as by Nix. A near miss of a key with an effect is refused: ``trustd=true`` must not pass.
@@ -30,18 +32,28 @@ from veneer.model.errors import UsageError, printable
 from veneer.model.store_path import DEFAULT_STORE_DIR
 
 SCHEMES = ("http", "https", "file", "s3", "gs", "az")
+LOCAL_KEYS = ("root", "real", "state", "store")
 KEYS = ("priority", "trusted", "want-mass-query")
 S3_KEYS = ("region", "endpoint", "scheme", "profile")
 IGNORED_KEYS = frozenset(
     (
         *("addressing-style", "buffer-size", "compression", "compression-level", "index-debug-info"),
-        *("local-nar-cache", "log-compression", "ls-compression", "multipart-chunk-size"),
+        *("local-nar-cache", "log", "log-compression", "ls-compression", "multipart-chunk-size"),
         *("multipart-threshold", "multipart-upload", "narinfo-compression", "parallel-compression"),
-        *("path-info-cache-size", "secret-key", "secret-keys", "storage-class", "store", "system-features"),
+        *(
+            "path-info-cache-size",
+            "read-only",
+            "require-sigs",
+            "secret-key",
+            "secret-keys",
+            "storage-class",
+            "store",
+            "system-features",
+        ),
         "write-nar-listing",
     )
 )
-"""Of Nix's binary cache stores (2.8 to 2.34): nothing that is read depends on them."""
+"""Of Nix's binary cache and local stores (2.8 to 2.34): nothing that is read depends on them."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
@@ -77,8 +89,8 @@ class SourceConfig:
     url: str
     scheme: str
     address: str
-    """Where requests go: for http(s) the URL without secrets and keys, for file the directory's path, otherwise the
-    bucket and prefix (``bucket/prefix``)."""
+    """Where requests go: for http(s) the URL without secrets and keys, for file the directory's path, for local the
+    directory of the store's files, otherwise the bucket and prefix (``bucket/prefix``)."""
     priority: int | None = None
     trusted: bool = False
     want_mass_query: bool | None = None
@@ -86,12 +98,20 @@ class SourceConfig:
     password: str = field(default="", repr=False)
     s3: tuple[tuple[str, str], ...] = ()
     """Given S3 keys, sorted."""
+    state_dir: str = ""
+    """local: Nix's state directory."""
+    store_dir: str = ""
+    """local: the store directory that the URL says the paths are of; "" when it does not say."""
+    own_store: bool = False
+    """local: this machine's own store, and the URL does not say whether it is trusted."""
     unknown: tuple[str, ...] = ()
     """Keys that have no effect and that Nix does not know either."""
 
 
 def parse_source_url(text: str) -> SourceConfig:
     """A store URL or a directory's path. UsageError; its text holds no password."""
+    if is_local(text):
+        return _local(text)
     if "://" not in text:
         if re.match(r"[a-z0-9+.-]+:", text) or not text:
             raise _usage("not a store URL", text)
@@ -137,8 +157,17 @@ def parse_source_url(text: str) -> SourceConfig:
     )
 
 
+def is_local(text: str) -> bool:
+    """Whether this is the URL of a store directory, well-formed or not."""
+    return text == "local" or text.startswith(("local?", "local://"))
+
+
 def without_secrets(text: str) -> str:
     """A URL without user, password, query and fragment: fit for messages, whatever it holds."""
+    if is_local(text):
+        return printable(text)[
+            :500
+        ]  # all that tells one from another is in its query, and no key of it is secret
     text = re.sub(r"[?#].*", "", text, flags=re.DOTALL)
     return printable(re.sub(r"(://)[^/]*@", r"\1", text))[:500]
 
@@ -163,23 +192,55 @@ def _authority(host: str, port: int | None) -> str:
 def _keys(
     query: str, scheme: str, url: str
 ) -> tuple[dict[str, str], tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """(keys for every source, S3 keys, unknown keys)."""
+    """(keys for every source, keys of the scheme, unknown keys)."""
     known: dict[str, str] = {}
-    s3: dict[str, str] = {}
+    own: dict[str, str] = {}
     unknown: list[str] = []
-    mine = KEYS + (S3_KEYS if scheme == "s3" else ())
+    mine = KEYS + {"s3": S3_KEYS, "local": LOCAL_KEYS}.get(scheme, ())
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key in KEYS:
             known[key] = value
         elif key in mine:
-            s3[key] = value
+            own[key] = value
         elif key in IGNORED_KEYS:
             continue
         elif near := _near(key, mine):
             raise _usage(f"unknown key in a store URL: {key[:100]!r}", url, f"did you mean {near[0]}?")
         else:
             unknown.append(printable(key)[:100])
-    return known, tuple(sorted(s3.items())), tuple(dict.fromkeys(unknown))
+    return known, tuple(sorted(own.items())), tuple(dict.fromkeys(unknown))
+
+
+def _local(text: str) -> SourceConfig:
+    place, _, query = text.partition("?")
+    known, given, unknown = _keys(query, "local", text)
+    keys = {key: _directory(key, value, text) for key, value in given}
+    if path := unquote(place.removeprefix("local").removeprefix("://")):
+        if "root" in keys:
+            raise _usage("two roots in a store URL", text, "local?root=/DIR")
+        keys["root"] = _directory("root", path, text)
+    keys = {key: value for key, value in keys.items() if value}
+    root = keys.get("root", "").rstrip("/")
+    named = "&".join(f"{key}={quote(keys[key], safe=':/')}" for key in LOCAL_KEYS if key in keys)
+    return SourceConfig(
+        url=printable(f"local?{named}" if named else "local"),
+        scheme="local",
+        address=keys.get("real", f"{root}{DEFAULT_STORE_DIR}"),
+        priority=_integer(known.get("priority"), text),
+        trusted=_boolean("trusted", known.get("trusted"), text) or False,
+        want_mass_query=_boolean("want-mass-query", known.get("want-mass-query"), text),
+        unknown=unknown,
+        state_dir=keys.get("state", f"{root}/nix/var/nix"),
+        store_dir=keys.get("store", ""),
+        own_store="trusted" not in known and not named,
+    )
+
+
+def _directory(key: str, path: str, url: str) -> str:
+    """``path`` without a slash at its end; "" stays as it is: not given, as in Nix."""
+    if path and (not path.startswith("/") or "\0" in path):
+        raise _usage(f"{key} is not an absolute path: {path[:100]!r}", url)
+    return path.rstrip("/") or path[:1]
 
 
 def _near(key: str, known: tuple[str, ...]) -> list[str]:
