@@ -13,6 +13,9 @@ How Linux behaves here, as far as the code depends on it:
   written while a LOOKUP is parked, it blocks, and every later LOOKUP in that directory queues behind it. Therefore absent
   store paths are answered ENOENT, which the kernel does not remember (``trees.Absent`` does), and nothing has to be
   invalidated when one appears; INVAL_ENTRY is left for quarantined paths, from a thread of its own, while no LOOKUP waits.
+- A notice about pages (INVAL_INODE) waits for each page whose READ is under way, and no signal ends that sleep: a server
+  killed meanwhile stays, and its reader, until the connection is aborted. So such notices are few, and only of paths whose
+  parked READs were answered before.
 - Node ids are deterministic (path number and entry number), so FORGET needs no bookkeeping.
 - The mount ends when the last copy of the /dev/fuse descriptor is closed, or by umount; then read(2) says ENODEV.
 
