@@ -1,11 +1,16 @@
-"""What every source does, whatever lies behind it. A new implementation is one more row in ``PLACES``."""
+"""What every source does, whatever lies behind it.
+
+A new transport of binary caches is one more row in ``PLACES``, for tests with ``check``; another kind of source is one more
+``Place``, for tests with ``place``, which every source passes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,17 +20,22 @@ import pytest
 import zstandard
 
 from tests.support.faulty_http import FaultyServer
+from tests.support.nix_store import file_entry, write_store
 from tests.support.raw_http import RawServer, Request, chunked, response
-from tests.support.source_cache import ABSENT, LISTING, entry, write_cache
+from tests.support.source_cache import ABSENT, LISTING, Entry, entry, write_cache
+from veneer.formats.listing import parse_listing
+from veneer.formats.nar import tree_of_nar
 from veneer.model.errors import FormatError, LimitError, SourceError, SourceMissingError
 from veneer.sources.base import RangesUnsupportedError, Source
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.sources.options import SourceOptions, parse_source_url
+from veneer.sources.store_directory import StoreDirectory
 
 OPTIONS = SourceOptions(connect_seconds=5, stall_seconds=5, backoff_seconds=0.01)
 SMALL = entry(1)
 BIG = entry(2, 3_500_000, compression="zstd")
 ODD = entry(3, url="nar/a%20b%2B%c3%a9.nar")
+GONE = entry(5)
 UNSIZED = entry(4, compression="xz", sized=False)
 
 Open = Callable[[Path], contextlib.AbstractContextManager[Source]]
@@ -70,37 +80,66 @@ PLACES: dict[str, Open] = {
 }
 
 
-@pytest.fixture(params=[*PLACES, pytest.param("nginx", marks=pytest.mark.nginx)])
-def check(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Callable[[Callable[[Source], Coroutine[Any, Any, None]]], None]:
-    """``check(body)`` runs ``body(source)`` on a source over ``tmp_path / "cache"`` and closes it."""
+Body = Callable[[Source], Coroutine[Any, Any, None]]
+Check = Callable[[Body], None]
+CACHES = [*PLACES, pytest.param("nginx", marks=pytest.mark.nginx)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """``check(body)`` runs ``body(source)`` on a source that has ``small`` (10 kB) and ``big`` (3.5 MB), and closes it.
+
+    ``gone``: path info of a NAR that it has not. ``ranges``: it can read parts of ``small``.
+    """
+
+    check: Check
+    small: Entry = SMALL
+    big: Entry = BIG
+    gone: Entry = GONE
+    ranges: bool = True
+
+
+@pytest.fixture(params=[*CACHES, "store directory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param != "store directory":
+        return Place(cache_check(request, tmp_path), ranges=request.param != "http without lengths")
+    small, big = write_store(tmp_path / "root", {1: 10_000, 2: 3_500_000})
+    config = parse_source_url(f"local?root={tmp_path}/root")
+    check = check_of(lambda: contextlib.nullcontext(StoreDirectory(config, OPTIONS)))
+    return Place(check, small, big, gone=file_entry(5, 10), ranges=False)
+
+
+@pytest.fixture(params=CACHES)
+def check(request: pytest.FixtureRequest, tmp_path: Path) -> Check:
+    """``check(body)`` runs ``body(source)`` on a cache in ``tmp_path / "cache"`` and closes it."""
+    return cache_check(request, tmp_path)
+
+
+def cache_check(request: pytest.FixtureRequest, tmp_path: Path) -> Check:
     root = tmp_path / "cache"
     write_cache(root, SMALL, UNSIZED, BIG)
     write_cache(root, ODD)
     (root / "nar/a%20b%2B%c3%a9.nar").rename(root / "nar/a b+é.nar")
     if request.param == "nginx":
         server = request.getfixturevalue("nginx")(root)
-        place: Open = lambda _: contextlib.nullcontext(  # noqa: E731
-            ObjectStoreSource(parse_source_url(server.url), OPTIONS)
-        )
-    else:
-        place = PLACES[request.param]
+        config = parse_source_url(server.url)
+        return check_of(lambda: contextlib.nullcontext(ObjectStoreSource(config, OPTIONS)))
+    opened = PLACES[request.param]
+    return check_of(lambda: opened(root))
 
-    def run(body: Callable[[Source], Coroutine[Any, Any, None]]) -> None:
+
+def check_of(opened: Callable[[], contextlib.AbstractContextManager[Source]]) -> Check:
+    def run(body: Body) -> None:
         async def main(source: Source) -> None:
             try:
                 await body(source)
             finally:
                 await source.close()
 
-        with place(root) as source:
+        with opened() as source:
             asyncio.run(asyncio.wait_for(main(source), 30))
 
     return run
-
-
-Check = Callable[[Callable[[Source], Awaitable[None]]], None]
 
 
 async def gather(chunks: AsyncGenerator[bytes, None]) -> bytes:
@@ -111,6 +150,14 @@ async def gather(chunks: AsyncGenerator[bytes, None]) -> bytes:
     return b"".join(parts)
 
 
+def test_path_info_says_what_is_there(place: Place) -> None:
+    async def body(source: Source) -> None:
+        for each in (place.small, place.big):
+            assert await source.path_info(each.hash_part) == each.info
+
+    place.check(body)
+
+
 def test_path_info_says_what_the_narinfo_says(check: Check) -> None:
     async def body(source: Source) -> None:
         for each in (SMALL, BIG, ODD, UNSIZED):
@@ -119,33 +166,61 @@ def test_path_info_says_what_the_narinfo_says(check: Check) -> None:
     check(body)
 
 
-def test_absent_path_is_none(check: Check) -> None:
+def test_absent_path_is_none(place: Place) -> None:
     async def body(source: Source) -> None:
         assert await source.path_info(ABSENT) is None
         assert await source.listing(ABSENT) is None
 
-    check(body)
+    place.check(body)
 
 
-def test_missing_nar_of_a_known_path_is_an_error(check: Check) -> None:
-    gone = entry(5)
-
+def test_missing_nar_of_a_known_path_is_an_error(place: Place) -> None:
     async def body(source: Source) -> None:
         with pytest.raises(SourceMissingError) as caught:
-            await gather(source.nar(gone.info))
-        assert "nar/5.nar" in caught.value.where
+            await gather(source.nar(place.gone.info))
+        assert place.gone.info.url in caught.value.where
+
+    place.check(body)
+
+
+def test_nar_of_unknown_size_is_the_whole_file(check: Check) -> None:
+    async def body(source: Source) -> None:
+        assert await gather(source.nar(UNSIZED.info)) == UNSIZED.file
 
     check(body)
 
 
-def test_nar_is_the_whole_file_in_chunks(check: Check) -> None:
+def test_nar_is_the_whole_file_in_chunks(place: Place) -> None:
     async def body(source: Source) -> None:
-        for each in (SMALL, BIG, UNSIZED):
+        for each in (place.small, place.big):
             assert await gather(source.nar(each.info)) == each.file
-        sizes = [len(chunk) async for chunk in source.nar(BIG.info)]
+        sizes = [len(chunk) async for chunk in source.nar(place.big.info)]
         assert len(sizes) <= 8
 
-    check(body)
+    place.check(body)
+
+
+def test_meters_count_the_bytes_of_a_nar(place: Place) -> None:
+    async def body(source: Source) -> None:
+        counted: list[int] = []
+        await gather(source.nar(place.big.info, counted.append))
+        assert sum(counted) == len(place.big.file)
+
+    place.check(body)
+
+
+def test_listing_is_of_the_nar_if_there_is_one(place: Place) -> None:
+    if place.small is SMALL:
+        return  # the caches' listings belong to no NAR
+    listings: list[bytes | None] = []
+
+    async def body(source: Source) -> None:
+        listings.append(await source.listing(place.small.hash_part))
+
+    place.check(body)
+    assert listings[0] is not None
+    tree = parse_listing(listings[0], nar_size=len(place.small.file))
+    assert tree == tree_of_nar([place.small.file])
 
 
 def test_nar_url_is_percent_decoded_once(check: Check) -> None:
@@ -194,22 +269,18 @@ def test_compressed_narinfo_is_recognised(check: Check, tmp_path: Path) -> None:
     check(body)
 
 
-def test_nar_range_gives_any_part_or_says_that_it_cannot(
-    check: Check, request: pytest.FixtureRequest
-) -> None:
-    able = request.node.callspec.params["check"] != "http without lengths"
-
+def test_nar_range_gives_any_part_or_says_that_it_cannot(place: Place) -> None:
     async def body(source: Source) -> None:
-        size = len(SMALL.file)
+        size = len(place.small.file)
         for offset, length in ((0, 1), (0, size), (size - 1, 1), (100, 5000), (7, 0)):
-            if able or length == 0:
-                part = await source.nar_range(SMALL.info, offset, length)
-                assert part == SMALL.file[offset : offset + length]
+            if place.ranges or length == 0:
+                part = await source.nar_range(place.small.info, offset, length)
+                assert part == place.small.file[offset : offset + length]
             else:
                 with pytest.raises(RangesUnsupportedError):
-                    await source.nar_range(SMALL.info, offset, length)
+                    await source.nar_range(place.small.info, offset, length)
 
-    check(body)
+    place.check(body)
 
 
 def test_nar_range_of_a_compressed_nar_is_refused(check: Check) -> None:
@@ -220,12 +291,12 @@ def test_nar_range_of_a_compressed_nar_is_refused(check: Check) -> None:
     check(body)
 
 
-def test_nar_range_outside_the_nar_is_a_mistake_of_the_caller(check: Check) -> None:
+def test_nar_range_outside_the_nar_is_a_mistake_of_the_caller(place: Place) -> None:
     async def body(source: Source) -> None:
         with pytest.raises(ValueError, match="not inside"):
-            await source.nar_range(SMALL.info, len(SMALL.file), 1)
+            await source.nar_range(place.small.info, len(place.small.file), 1)
 
-    check(body)
+    place.check(body)
 
 
 def test_nar_file_of_another_size_is_refused(check: Check, tmp_path: Path) -> None:
@@ -259,37 +330,37 @@ def test_nar_that_points_out_of_its_cache_is_refused(check: Check) -> None:
     check(body)
 
 
-def test_abandoned_nar_leaves_the_source_usable(check: Check) -> None:
+def test_abandoned_nar_leaves_the_source_usable(place: Place) -> None:
     async def body(source: Source) -> None:
-        chunks = source.nar(BIG.info)
+        chunks = source.nar(place.big.info)
         assert await anext(chunks)
         await chunks.aclose()
-        assert await gather(source.nar(BIG.info)) == BIG.file
+        assert await gather(source.nar(place.big.info)) == place.big.file
 
-    check(body)
+    place.check(body)
 
 
-def test_cancelled_question_leaves_the_source_usable(check: Check) -> None:
+def test_cancelled_question_leaves_the_source_usable(place: Place) -> None:
     async def body(source: Source) -> None:
         for _ in range(5):
-            task = asyncio.create_task(source.path_info(SMALL.hash_part))
+            task = asyncio.create_task(source.path_info(place.small.hash_part))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        assert await source.path_info(SMALL.hash_part) == SMALL.info
+        assert await source.path_info(place.small.hash_part) == place.small.info
 
-    check(body)
+    place.check(body)
 
 
-def test_many_questions_at_once(check: Check) -> None:
+def test_many_questions_at_once(place: Place) -> None:
     async def body(source: Source) -> None:
-        wanted = list(itertools.islice(itertools.cycle((SMALL, BIG, ODD)), 100))
+        wanted = list(itertools.islice(itertools.cycle((place.small, place.big)), 100))
         infos = await asyncio.gather(*(source.path_info(each.hash_part) for each in wanted))
         assert infos == [each.info for each in wanted]
-        files = await asyncio.gather(*(gather(source.nar(SMALL.info)) for _ in range(16)))
-        assert set(files) == {SMALL.file}
+        files = await asyncio.gather(*(gather(source.nar(place.small.info)) for _ in range(16)))
+        assert set(files) == {place.small.file}
 
-    check(body)
+    place.check(body)
 
 
 def test_cache_info_is_read_and_has_defaults(check: Check, tmp_path: Path) -> None:
@@ -342,10 +413,10 @@ def test_malformed_answers_name_their_url(check: Check, tmp_path: Path) -> None:
     check(body)
 
 
-def test_hash_parts_are_checked_before_they_are_asked_for(check: Check) -> None:
+def test_hash_parts_are_checked_before_they_are_asked_for(place: Place) -> None:
     async def body(source: Source) -> None:
         for text in ("", "../secret", "x" * 31, "é" * 32):
             with pytest.raises(ValueError, match="hash part"):
                 await source.path_info(text)
 
-    check(body)
+    place.check(body)

@@ -30,6 +30,13 @@ from veneer.sources.options import parse_source_url, unknown_keys, without_secre
         ("s3://bucket/pre%20fix?region=eu-1", "s3://bucket/pre%20fix?region=eu-1", "bucket/pre fix"),
         ("gs://bucket/x", "gs://bucket/x", "bucket/x"),
         ("az://account/container", "az://account/container", "account/container"),
+        ("local", "local", "/nix/store"),
+        ("local?priority=3&trusted=true", "local", "/nix/store"),
+        ("local?root=/mnt/a%20b/", "local?root=/mnt/a%20b", "/mnt/a b/nix/store"),
+        ("local:///mnt/x", "local?root=/mnt/x", "/mnt/x/nix/store"),
+        ("local?root=", "local", "/nix/store"),
+        ("local?root=/", "local?root=/", "/nix/store"),
+        ("local?state=/s&real=/r&root=/x", "local?root=/x&real=/r&state=/s", "/r"),
     ],
 )
 def test_identity_and_address(text: str, url: str, address: str) -> None:
@@ -49,6 +56,8 @@ def test_identity_is_parsed_back_to_itself() -> None:
         "https://u:p@host/x?priority=1",
         "s3://b/c?endpoint=http://h:1&region=r",
         "/x?y#z",
+        "local",
+        "local:///x?real=/a%26b&state=/s&store=/gnu/store",
     ):
         url = parse_source_url(text).url
         assert parse_source_url(url).url == url
@@ -83,6 +92,16 @@ def test_every_key_of_nix_has_an_effect_or_none_that_matters_here(nix_programs: 
         assert set(parse_source_url(f"{url}?{query}").unknown) <= {"tls-certificate", "tls-private-key"}
 
 
+def test_a_store_directory_has_its_state_where_nix_has_it() -> None:
+    for text, state in (
+        ("local", "/nix/var/nix"),
+        ("local?root=/x", "/x/nix/var/nix"),
+        ("local?root=/x&state=/s", "/s"),
+        ("local?real=/x", "/nix/var/nix"),
+    ):
+        assert parse_source_url(text).state_dir == state
+
+
 def test_s3_keys_are_part_of_the_identity() -> None:
     config = parse_source_url(
         "s3://bucket?region=r&endpoint=https://minio:9000&profile=p&scheme=http&priority=1"
@@ -111,6 +130,12 @@ def test_s3_keys_are_part_of_the_identity() -> None:
         ("http://host?trustd=true", "unknown key"),
         ("http://host?prioritiy=1", "unknown key"),
         ("s3://bucket?endpont=x", "unknown key"),
+        ("local?rot=/x", "unknown key"),
+        ("local?root=x", "not an absolute path"),
+        ("local?state=/a%00b", "not an absolute path"),
+        ("local://x", "not an absolute path"),
+        ("local:///x?root=/y", "two roots"),
+        ("local:/x", "not a store URL"),
     ],
 )
 def test_refused_urls_say_why(text: str, what: str) -> None:
@@ -139,6 +164,7 @@ def test_secrets_show_nowhere() -> None:
     ("text", "shown"),
     [
         ("https://u:p@host/a?token=x#y", "https://host/a"),
+        ("local?root=/x", "local?root=/x"),
         ("https://u:p@ss@host/a", "https://host/a"),
         ("https://host/a@b", "https://host/a@b"),
         ("https://host/\x1b[31m", "https://host/\\x1b[31m"),
@@ -149,7 +175,10 @@ def test_urls_in_messages_hold_no_secrets(text: str, shown: str) -> None:
 
 
 @given(
-    st.text(max_size=80), st.sampled_from(["", "http://", "https://u:p@h/", "file:///", "s3://b/", "gs://"])
+    st.text(max_size=80),
+    st.sampled_from(
+        ["", "http://", "https://u:p@h/", "file:///", "s3://b/", "gs://", "local?root=/", "local://"]
+    ),
 )
 def test_any_text_is_accepted_or_refused_as_usage(text: str, before: str) -> None:
     try:
