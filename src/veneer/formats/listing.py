@@ -22,7 +22,7 @@ In the wild: narOffset missing (the largest public cache, since 2026) or null; e
 entries with the same name the last counts; such a listing then fails against NarSize or the NAR.
 
 Memory and time: a listing of 1,000,000 files (70 MB of JSON) takes about 5 s and 300 MB besides the JSON, most of which
-is the resulting tree. Depth: the JSON decoder recurses and refuses about 480 directories inside each other; deeper
+is the resulting tree; the daemon leaves big ones to a child. Depth: the JSON decoder recurses and refuses about 480 directories inside each other; deeper
 listings go through a reader of our own, which is slow (5 us per token) and does not recurse.
 """
 

@@ -7,10 +7,13 @@ published one, otherwise the number is condemned and no listing of the path is b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
+from typing import IO
 
 from veneer.cache.cache import Cache
+from veneer.cache.directory import cache_error
 from veneer.cache.index import PathRow, TreeState
 from veneer.formats.listing import parse_listing
 from veneer.formats.nar import tree_of_nar
@@ -19,6 +22,7 @@ from veneer.model.errors import FormatError, HashMismatchError, SourceError, Ven
 from veneer.model.tree import Node
 
 from .account import Account, Stories
+from .big_listings import BIG, BigListings
 from .resolve import Resolver
 from .verify import PIECE
 from .views import View
@@ -55,6 +59,7 @@ class PublishedTrees:
         self._is_whole = is_whole
         self._condemn = condemn
         self._dropped = dropped
+        self._big = BigListings(cache.generation)
         self._open: dict[int, asyncio.Task[bool]] = {}
 
     async def close(self) -> None:
@@ -122,13 +127,10 @@ class PublishedTrees:
                     if data is None:
                         self._cache.index.put_listing_absent(source.url, hash_part, self._clock())
                         continue
-                    encoded = await self._encoded_of_listing(row, data)
+                    await self._publish_of_listing(row, data)
+                    return True
                 except (SourceError, FormatError) as error:
                     self._stories.add(str(row.store_path), error)
-                    continue
-                if not self._has(self._row(row.number)):  # else the NAR was faster
-                    self._cache.trees.publish(row.number, [encoded], TreeState.LISTED)
-                return True
         return False
 
     async def _publish_of_nar(self, row: PathRow) -> bool:
@@ -150,9 +152,27 @@ class PublishedTrees:
         with open(self._cache.nars.path(row.number), "rb", buffering=0) as file:
             return self.encode(row, tree_of_nar(iter(lambda: file.read(PIECE), b"")))
 
-    async def _encoded_of_listing(self, row: PathRow, data: bytes) -> bytearray:
-        node = await asyncio.to_thread(parse_listing, data, nar_size=row.nar_size)
-        return await asyncio.to_thread(self.encode, row, node)
+    async def _publish_of_listing(self, row: PathRow, data: bytes) -> None:
+        """FormatError: the listing is of no use."""
+        if len(data) > BIG:
+            with self._temporary() as file:
+                await self._big.encode(row, data, file)
+                file.seek(0)
+                self._publish_listed(row, iter(lambda: file.read(PIECE), b""))
+        else:
+            node = await asyncio.to_thread(parse_listing, data, nar_size=row.nar_size)
+            self._publish_listed(row, [await asyncio.to_thread(self.encode, row, node)])
+
+    def _temporary(self) -> IO[bytes]:
+        place = self._cache.root / "incoming"
+        try:
+            return tempfile.TemporaryFile(dir=place)
+        except OSError as error:
+            raise cache_error(error, place, "write to") from error
+
+    def _publish_listed(self, row: PathRow, encoded: Iterable[bytes | bytearray]) -> None:
+        if not self._has(self._row(row.number)):  # else the NAR was faster
+            self._cache.trees.publish(row.number, encoded, TreeState.LISTED)
 
     def _has_no_listing(self, url: str, row: PathRow) -> bool:
         """Whether the source has no usable listing of this path: it said so, or it lied about it before."""
