@@ -54,21 +54,29 @@ class SyncBatch:
     root: Path
     files: tuple[Unsynced, ...]
 
-    def run(self) -> None:
-        """fdatasync of the files, fsync of their directories, then of the index. CacheError when one fails."""
+    def run(self, go_on: Callable[[], bool] = lambda: True) -> SyncBatch:
+        """fdatasync of the files, fsync of their directories, then of the index. CacheError when one fails.
+
+        What was made safe: less than all where ``go_on``, asked before each file, said no.
+        """
         directories: set[Path] = set()
+        done: list[Unsynced] = []
         at = self.root
         try:
             for file in self.files:
+                if not go_on():
+                    break
                 name = tree_index.nar_file if file.kind == "nar" else tree_index.tree_file
                 at = self.root / name(file.number)
                 if _sync(at, os.fdatasync):
                     directories.update((at.parent, at.parent.parent))
+                done.append(file)
             for at in directories:
                 _sync(at, os.fsync)
         except OSError as error:
             raise directory.cache_error(error, at, "write to") from error
         checkpoint(self.root / directory.INDEX)
+        return SyncBatch(self.root, tuple(done))
 
 
 def _sync(path: Path, sync: Callable[[int], None]) -> bool:
@@ -206,21 +214,15 @@ class Cache:
     def end_sync(self, batch: SyncBatch) -> None:
         self.index.mark_synced(batch.files)
 
-    def close(self, *, durable: bool = False) -> None:
-        """Commits and gives the lock back. ``durable``: syncs every file first, which may take as long as writing them."""
+    def close(self) -> None:
+        """Commits and gives the lock back."""
         if self._lock < 0:
             return
         try:
-            if durable:
-                batch = self.begin_sync()
-                batch.run()
-                self.end_sync(batch)
+            self.index.close()
         finally:
-            try:
-                self.index.close()
-            finally:
-                os.close(self._lock)
-                self._lock = -1
+            os.close(self._lock)
+            self._lock = -1
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from veneer.cache import directory
 from veneer.cache.cache import Cache
 from veneer.formats.request_wire import SOCKET_NAME
-from veneer.model.errors import CacheFullError
+from veneer.model.errors import CacheError, CacheFullError
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
@@ -33,6 +33,8 @@ LOCK_SECONDS = 10.0
 """How long to wait for a daemon that starts, and for one that ends."""
 FLUSH_SECONDS = 0.2
 SYNC_SECONDS = 30.0
+LAST_SYNC_SECONDS = 10.0
+"""How long a private daemon without clients may go on making files safe, so that another boot need not read them."""
 NEGATIVE_KEPT_SECONDS = 86400.0
 """Answers "there is none" are forgotten after this; whether they are still believed is the view's affair."""
 FLUSH_ROOM = 64 << 20
@@ -99,7 +101,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         inherited=settings.nix_sockets,
     )
     control = Control(store, sessions, workers, time.time, stop.set)
-    idle = _IdleEnd(loop, stop.set) if settings.private else None
+    idle = _IdleEnd(stop.set, lambda go_on: _sync(cache, go_on)) if settings.private else None
     requests = RequestServer(
         store,
         sessions,
@@ -126,6 +128,8 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         if flushing.done():
             flushing.result()
     finally:
+        if idle is not None:
+            idle.close()
         flushing.cancel()
         server.close()
         await requests.close()
@@ -150,25 +154,55 @@ async def _flush(cache: Cache, store: Store) -> None:
             cache.index.flush()
             if turn % round(SYNC_SECONDS / FLUSH_SECONDS) == 0:
                 cache.index.forget_negative(time.time() - NEGATIVE_KEPT_SECONDS)
-                batch = cache.begin_sync()
-                await asyncio.to_thread(batch.run)
-                cache.end_sync(batch)
+                await _sync(cache)
         except CacheFullError as error:
             store.stories.add(str(cache.root), error)
             store.make_room(FLUSH_ROOM)
 
 
-class _IdleEnd:
-    """Ends a private daemon some time after its last client left, or when none ever came."""
+async def _sync(cache: Cache, go_on: Callable[[], bool] = lambda: True) -> None:
+    batch = cache.begin_sync()
+    cache.end_sync(await asyncio.to_thread(batch.run, go_on))
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-        self._loop = loop
+
+class _IdleEnd:
+    """Ends a private daemon some time after its last client left, or when none ever came.
+
+    ``last``: what is done before, for as long as it is told to go on. The daemon listens meanwhile: a client that comes
+    is served at once, and the end is put off until that one leaves.
+    """
+
+    def __init__(
+        self, stop: Callable[[], None], last: Callable[[Callable[[], bool]], Coroutine[None, None, None]]
+    ) -> None:
         self._stop = stop
-        self._timer: asyncio.TimerHandle | None = loop.call_later(FIRST_CLIENT_SECONDS, stop)
+        self._last = last
+        self._clients = 0
+        self._closed = False
+        self._ending: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(FIRST_CLIENT_SECONDS, stop)
 
     def connections(self, count: int) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._clients = count
+        self._timer.cancel()
         if count == 0:
-            self._timer = self._loop.call_later(IDLE_SECONDS, self._stop)
+            self._timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._begin)
+
+    def close(self) -> None:
+        self._closed = True
+        self._timer.cancel()
+
+    def _begin(self) -> None:
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        deadline = time.monotonic() + LAST_SYNC_SECONDS
+
+        def go_on() -> bool:  # any thread
+            return not (self._clients or self._closed) and time.monotonic() < deadline
+
+        with suppress(CacheError):  # what is not safe stays listed, and the next start looks after it
+            await self._last(go_on)
+        if not self._clients:
+            self._stop()

@@ -161,14 +161,17 @@ def test_unknown_boot_counts_as_power_loss(tmp_path: Path) -> None:
         assert cache.repaired.rehashed == 1
 
 
-def test_durable_close_leaves_nothing_to_hash(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path)
-    add_nar(cache, 1)
-    add_tree(cache, 1)
-    cache.close(durable=True)
+def test_what_was_synced_before_a_stop_is_not_hashed(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        for number in range(3):
+            add_nar(cache, number)
+        turns = iter((True, True, False))
+        done = cache.begin_sync().run(lambda: next(turns))
+        assert len(done.files) == 2
+        cache.end_sync(done)
     with open_cache(tmp_path, boot="boot-2") as cache:
-        assert cache.repaired == Repaired()
-        assert cache.index.totals().nars == 1
+        assert cache.repaired == Repaired(rehashed=1)
+        assert cache.index.totals().nars == 3
 
 
 def test_sync_passes_over_files_dropped_meanwhile(tmp_path: Path) -> None:

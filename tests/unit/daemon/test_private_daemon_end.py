@@ -1,0 +1,83 @@
+"""The end of a private daemon: what it leaves is safe, and nobody waits for that."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.daemon.test_worker_process import GOLDEN, TEXT
+from veneer.cache.cache import Cache
+from veneer.cache.directory import wait_until_free
+from veneer.daemon import run
+
+
+def test_a_cache_that_is_opened_on_another_boot_is_not_read_again(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    key = (GOLDEN / "key.public").read_text().strip()
+    sources = ["--cache", f"file://{GOLDEN}/zstd", "--trusted-public-key", key]
+    done = subprocess.run(
+        [sys.executable, "-m", "veneer.cli.main", "fetch", *sources, "--cache-dir", str(cache), TEXT],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert wait_until_free(cache, 20)
+    with Cache.open(cache, clock=lambda: 0.0, boot_id=lambda: "another") as opened:
+        assert opened.index.totals().nars == 1
+        assert opened.repaired.rehashed == 0
+
+
+def test_a_client_that_comes_meanwhile_puts_the_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "IDLE_SECONDS", 0.0)
+
+    async def main() -> None:
+        began, finish, stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        asked: list[Callable[[], bool]] = []
+
+        async def last(go_on: Callable[[], bool]) -> None:
+            asked.append(go_on)
+            began.set()
+            await finish.wait()
+
+        idle = run._IdleEnd(stopped.set, last)
+        idle.connections(1)
+        idle.connections(0)
+        await began.wait()
+        assert asked[0]()
+        idle.connections(1)
+        assert not asked[0]()
+        began.clear()
+        finish.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not stopped.is_set()
+        idle.connections(0)
+        await stopped.wait()
+        assert began.is_set()
+        idle.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_what_is_done_last_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "LAST_SYNC_SECONDS", 0.0)
+
+    async def main() -> None:
+        stopped = asyncio.Event()
+
+        async def last(go_on: Callable[[], bool]) -> None:
+            assert not go_on()
+
+        idle = run._IdleEnd(stopped.set, last)
+        idle.connections(0)
+        await stopped.wait()
+        idle.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
