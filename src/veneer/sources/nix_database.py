@@ -60,10 +60,11 @@ _REFERENCES = "select path from Refs join ValidPaths on reference = id where ref
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What the database's header said. ``identity``: device and inode."""
+    """What was found out about the database when its file was first seen. ``identity``: device and inode."""
 
     identity: tuple[int, int]
     wal: bool
+    remote: bool
 
 
 class NixDatabase:
@@ -71,6 +72,9 @@ class NixDatabase:
 
     def __init__(self, state_dir: Path, store_dir: str) -> None:
         self.file = state_dir / "db" / "db.sqlite"
+        self._url = self.file.as_uri()
+        self._shm = self.file.with_name("db.sqlite-shm")
+        self._schema = self.file.with_name("schema")
         self._store_dir = store_dir.rstrip("/")
         self._known: _File | None = None
 
@@ -96,9 +100,9 @@ class NixDatabase:
 
     def _ask(self, prefix: str) -> tuple[tuple[object, ...], list[object]] | None:
         """(row, references) of the path that begins with ``prefix``; None when there is none."""
-        wal = self._header().wal
+        file = self._examined()
         ways = [_IMMUTABLE, _IMMUTABLE]
-        if not wal or (self._beside("-shm").exists() and not self._is_remote()):
+        if not file.wal or (not file.remote and self._shm.exists()):
             ways = [_LIVE, _IMMUTABLE]
         for way, is_last in zip(ways, (False, True), strict=True):
             try:
@@ -111,7 +115,7 @@ class NixDatabase:
         raise AssertionError
 
     def _asked(self, way: str, prefix: str) -> tuple[tuple[object, ...], list[object]] | None:
-        url = f"{self.file.as_uri()}?{way}"
+        url = f"{self._url}?{way}"
         with closing(sqlite3.connect(url, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
             db.execute("begin")  # both answers from one state
@@ -152,17 +156,16 @@ class NixDatabase:
     def _path(self, text: object) -> StorePath:
         return StorePath.parse_absolute(_text(text), self._store_dir)
 
-    def _header(self) -> _File:
+    def _examined(self) -> _File:
         """SourceError when this is no database that we can read."""
-        schema = self.file.with_name("schema")
         try:
-            version = schema.read_text("ascii", errors="replace").strip()
+            version = self._schema.read_text("ascii", errors="replace").strip()
             status = self.file.stat()
             identity = (status.st_dev, status.st_ino)
             if self._known is None or self._known.identity != identity:
                 with self.file.open("rb") as file:
                     header = file.read(_HEADER)
-                self._known = _File(identity, wal=header[18:20] == b"\2\2")
+                self._known = _File(identity, wal=header[18:20] == b"\2\2", remote=self._is_remote())
         except FileNotFoundError as error:
             raise SourceError(
                 "there is no database of Nix here",
@@ -176,7 +179,7 @@ class NixDatabase:
         if version != SCHEMA_VERSION:
             raise SourceError(
                 f"Nix's database has schema version {version[:20]!r}; only {SCHEMA_VERSION} is known",
-                where=str(schema),
+                where=str(self._schema),
                 hint="let its own Nix upgrade it" if version.isdecimal() and int(version) < 10 else "",
             )
         return self._known
@@ -187,9 +190,6 @@ class NixDatabase:
             return is_remote(file_system_of(directory))
         finally:
             os.close(directory)
-
-    def _beside(self, suffix: str) -> Path:
-        return self.file.with_name(self.file.name + suffix)
 
     def _failure(self, error: sqlite3.Error, code: int) -> SourceError:
         where = str(self.file)

@@ -36,6 +36,8 @@ from .workers import Workers
 T = TypeVar("T")
 DEFAULT_PRIORITY = 0
 CHUNK = 1 << 20
+THREADS = 8
+"""More only wait for each other: the work is the interpreter's, not the network's."""
 
 
 class StoreDirectory:
@@ -53,7 +55,7 @@ class StoreDirectory:
             )
         self._directory = Path(config.address)
         self._database = NixDatabase(Path(config.state_dir), options.store_dir)
-        self._workers = Workers(options.in_flight, "store directory")
+        self._workers = Workers(min(options.in_flight, THREADS), "store directory")
 
     @property
     def url(self) -> str:

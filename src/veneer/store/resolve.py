@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from veneer.model.errors import NotFoundError, SourceError, VeneerError
+from veneer.model.errors import HashMismatchError, NotFoundError, SourceError, VeneerError
+from veneer.model.hashes import Hash
 from veneer.model.path_info import PathInfo, UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.sources.base import Source
@@ -39,6 +40,8 @@ class Resolver:
     def __init__(self, stories: Stories, memory: SignatureMemory) -> None:
         self._stories = stories
         self._memory = memory
+        self._disputed: set[tuple[StorePath, Hash, Hash]] = set()
+        """What was told of by ``_compare``."""
 
     async def candidates(
         self, view: View, path: StorePath, account: Account
@@ -50,8 +53,10 @@ class Resolver:
         """
         given = False
         failures: list[Exception] = []
+        seen: dict[StorePath, tuple[Source, UnverifiedPathInfo]] = {}
         try:
             async for source, unverified in self._answers(view, path.hash_part, account, failures):
+                self._compare(seen, source, unverified)
                 if unverified.store_path != path:
                     continue
                 try:
@@ -93,9 +98,11 @@ class Resolver:
         Where nothing is trusted, the first failure is raised, as in ``candidates``.
         """
         failures: list[Exception] = []
+        seen: dict[StorePath, tuple[Source, UnverifiedPathInfo]] = {}
         async with aclosing(self._answers(view, hash_part, account, failures)) as answers:
-            names = dict.fromkeys([unverified.store_path async for _, unverified in answers])
-        for path in names:
+            async for source, unverified in answers:
+                self._compare(seen, source, unverified)
+        for path in seen:
             try:
                 return await self.path_info(view, path, account)
             except VeneerError as error:
@@ -103,6 +110,26 @@ class Resolver:
         if failures:
             raise _worst(failures)
         return None
+
+    def _compare(
+        self,
+        seen: dict[StorePath, tuple[Source, UnverifiedPathInfo]],
+        source: Source,
+        info: UnverifiedPathInfo,
+    ) -> None:
+        """Tell, once, of a source that has another content for a path than one before it in order. Asks nobody."""
+        path = info.store_path
+        first, before = seen.setdefault(path, (source, info))
+        dispute = (path, before.nar_hash, info.nar_hash)
+        if before.nar_hash == info.nar_hash or dispute in self._disputed:
+            return
+        self._disputed.add(dispute)
+        error = HashMismatchError(
+            f"two sources have other contents for {path}: {first.url} has {before.nar_hash}, {source.url} has"
+            f" {info.nar_hash}; the first that is trusted counts",
+            where=source.url,
+        )
+        self._stories.add(str(path), error)
 
     async def _answers(
         self, view: View, hash_part: str, account: Account, failures: list[Exception]

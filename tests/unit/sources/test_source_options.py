@@ -82,8 +82,10 @@ def test_nix_keys_for_writers_are_ignored_and_others_told() -> None:
 
 
 @pytest.mark.nix
-def test_every_key_of_nix_has_an_effect_or_none_that_matters_here(nix_programs: Path) -> None:
-    done = subprocess.run([nix_programs / "nix", "__dump-cli"], capture_output=True, check=True, timeout=60)
+def test_every_key_of_nix_has_an_effect_or_none_that_matters_here(nix_programs: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"NIX_STATE_DIR": str(tmp_path), "HOME": str(tmp_path)}  # it makes a profile
+    command = [str(nix_programs / "nix"), "__dump-cli"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60)
     stores = json.loads(done.stdout)["stores"]
     for kind, url in (("HTTP", "https://host"), ("Local", "file:///x"), ("S3", "s3://bucket")):
         keys = set(stores.get(f"{kind} Binary Cache Store", {"settings": ()})["settings"])  # S3: not in all

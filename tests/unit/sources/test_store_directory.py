@@ -527,6 +527,43 @@ def test_a_path_that_was_rebuilt_differently_is_the_new_one(
         read(path)
 
 
+def test_a_path_that_two_sources_have_differently_is_told_of_once(
+    nix_cache: SampleStore, copied: Path, tmp_path: Path
+) -> None:
+    path = StorePath.parse_absolute(nix_cache.paths["note"])
+    other = f"sha256:{'0' * 64}"
+    write(copied, "update ValidPaths set hash = ? where path = ?", other, path.absolute())
+    first, second = url_of(nix_cache.nix.store), url_of(copied)
+
+    async def main() -> None:
+        clock = Clock()
+        cache = open_cache(tmp_path / "cache", clock)
+        store = Store(
+            cache, clock, Notices(lambda _: None, lambda *_: None, lambda _: None), Limits(prefetch=False)
+        )
+        sources = [{"url": f"{url}&trusted=true"} for url in (first, second)]
+        view = build_view(ViewConfig.from_json({"sources": sources}), cache, clock)
+        try:
+            info = await store.resolver.path_info(view, path, Account())
+            assert store.stories.rows() == []  # the second was not asked for it
+            for _ in range(2):
+                every = [each async for each in store.resolver.candidates(view, path, Account())]
+                assert [each.source.url for each in every] == [first, second]
+                found = await store.resolver.by_hash_part(view, path.hash_part, Account())
+                assert found is not None
+                assert found.info.nar_hash == info.info.nar_hash
+            (story,) = store.stories.rows()
+            assert story.path == str(path)
+            for text in (first, second, str(info.info.nar_hash), str(Hash.parse(other))):
+                assert text in story.text
+        finally:
+            await store.close()
+            await view.close()
+            cache.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_only_the_own_store_is_trusted_unasked(tmp_path: Path) -> None:
     assert parse_source_url("local").own_store
     for text in ("local?root=/x", "local?trusted=false", "local?trusted=true", "local?real=/x", "/nix"):
