@@ -51,10 +51,13 @@ _MAX_SIZE = click.option(
 )
 
 
-def settings_flags(*, sources: bool = True, max_size: bool = False) -> Decorator:
-    """Adds the flags that ``config.load_settings`` takes; the command gets them as one argument, ``flags``."""
+def settings_flags(*, sources: bool = True, caches: bool = True, max_size: bool = False) -> Decorator:
+    """Adds the flags that ``config.load_settings`` takes; the command gets them as one argument, ``flags``.
+
+    ``caches=False``: without ``--cache``, for a command that fills ``caches`` by a flag of its own.
+    """
     options: list[Decorator] = [
-        *(_SOURCES if sources else ()),
+        *((_SOURCES if caches else _SOURCES[1:]) if sources else ()),
         _CACHE_DIR,
         *((_MAX_SIZE,) if max_size else ()),
         _CONFIG,
@@ -73,6 +76,51 @@ def settings_flags(*, sources: bool = True, max_size: bool = False) -> Decorator
         for option in reversed(options):
             wrapped = option(wrapped)
         return wrapped
+
+    return decorate
+
+
+_PUBLISH = (
+    click.option(
+        "--to",
+        required=True,
+        metavar="URL",
+        help="Where to: a directory, or a file, s3, gs or az URL. Made when it is not there.",
+    ),
+    click.option(
+        "--key-file",
+        metavar="FILE",
+        help="Secret key (nix key generate-secret) that signs narinfos and chunk maps.",
+    ),
+    click.option("--unsigned", is_flag=True, help="Also paths that nobody has signed."),
+    click.option(
+        "--level", type=click.IntRange(1, 22), default=3, show_default=True, help="Compression level of zstd."
+    ),
+    click.option(
+        "--frame-size",
+        metavar="SIZE",
+        default="256K",
+        show_default=True,
+        help="Most uncompressed bytes of a frame: what reading a small file costs.",
+    ),
+    click.option(
+        "--jobs",
+        type=click.IntRange(1, 256),
+        metavar="N",
+        help="Paths and frames worked on at once [default: the number of processors].",
+    ),
+    click.option("--fsync", is_flag=True, help="Have every object on disk before the next; for directories."),
+    click.option("--dry-run", is_flag=True, help="Print what would be uploaded, in order."),
+)
+
+
+def publish_flags() -> Decorator:
+    """Adds the flags that ``publishing.Request.parse`` takes."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(_PUBLISH):
+            function = option(function)
+        return function
 
     return decorate
 

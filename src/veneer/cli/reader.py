@@ -87,6 +87,10 @@ class StoreReader:
                 return
         raise CacheError("the cache changes under us", where=basename, hint="try again")
 
+    def nar(self, basename: str) -> int:
+        """Descriptor of the whole, verified NAR of a store path; the caller closes it."""
+        return self._open("content", basename)[0]
+
     def _open(self, verb: str, basename: str) -> tuple[int, int]:
         """(descriptor, path number) of a published file; asked again when it was evicted before it could be opened."""
         name = nar_file if verb == "content" else tree_file

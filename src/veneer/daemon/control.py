@@ -125,7 +125,13 @@ class Control:
     async def _closure(
         self, session: Session, request: dict[str, object], progress: Progress
     ) -> dict[str, object]:
-        found = await self._resolved(session, _paths(request), progress)
+        """The rows of everything that the paths refer to; with ``alone``, of the paths alone."""
+        roots = _paths(request)
+        if request.get("alone", False):
+            view, account = session.view, session.account
+            found = {path: await self._store.resolver.path_info(view, path, account) for path in roots}
+        else:
+            found = await self._resolved(session, roots, progress)
         return {
             "paths": [
                 {

@@ -223,7 +223,7 @@ def _open_transport(config: SourceConfig, options: SourceOptions, workers: Worke
     patience = Patience(options.connect_seconds, options.stall_seconds)
     if config.scheme == "file":
         return DirectoryObjects(Path(config.address), workers)
-    ca_pem = _read_ca(options.ca_file)
+    ca_pem = read_ca(options.ca_file)
     if config.scheme in ("s3", "gs", "az"):
         return bucket_objects(config, patience, ca_pem)
     logins = Logins(config, options.netrc)
@@ -231,7 +231,8 @@ def _open_transport(config: SourceConfig, options: SourceOptions, workers: Worke
     return HttpPlace(config.address, stored, PlainHttp(patience, logins, ca_pem, workers))
 
 
-def _read_ca(path: Path | None) -> bytes | None:
+def read_ca(path: Path | None) -> bytes | None:
+    """CA certificates of ``path``, else of what NIX_SSL_CERT_FILE names. UsageError."""
     if path is None:
         named = os.environ.get("NIX_SSL_CERT_FILE")
         if not named:

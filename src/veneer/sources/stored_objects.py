@@ -139,8 +139,23 @@ def http_objects(
 
 def bucket_objects(config: SourceConfig, patience: Patience, ca_pem: bytes | None) -> StoredObjects:
     """An s3, gs or az place. Credentials come from the environment as each vendor's tools read it."""
-    bucket, _, prefix = config.address.partition("/")
+    return StoredObjects(_bucket_maker(config), patience, _client(patience, ca_pem))
+
+
+def open_bucket(config: SourceConfig, patience: Patience, ca_pem: bytes | None) -> ObjectStore:
+    """An s3, gs or az place for whoever writes to it: obstore's own, which tries again what may work later."""
     client = _client(patience, ca_pem)
+    stall = _seconds(patience.stall)
+    return _bucket_maker(config)({**client, "timeout": _FOREVER, "read_timeout": stall}, {"max_retries": 3})
+
+
+def reason_of(error: Exception, patience: Patience) -> str:
+    """A few words without URLs or secrets about an exception of obstore."""
+    return _classify(error, patience).reason
+
+
+def _bucket_maker(config: SourceConfig) -> StoreMaker:
+    bucket, _, prefix = config.address.partition("/")
 
     def make(options: ClientConfig, retry: RetryConfig) -> ObjectStore:
         if config.scheme == "gs":
@@ -152,7 +167,7 @@ def bucket_objects(config: SourceConfig, patience: Patience, ca_pem: bytes | Non
             bucket, prefix=prefix or None, config=settings, client_options=options, retry_config=retry
         )
 
-    return StoredObjects(make, patience, client)
+    return make
 
 
 def s3_settings(config: SourceConfig) -> Any:

@@ -1,0 +1,172 @@
+"""A NAR as independent zstd frames with a seek table at the end: an ordinary ``.nar.zst`` that can be read in parts.
+
+Frames hold at most ``frame_size`` uncompressed bytes. A file that is at least that long begins a frame of its own and is
+cut every ``frame_size`` bytes; smaller ones share frames with their neighbours and are never cut, as long as they
+are not longer than a frame (``cut``). So reading one small file costs one frame.
+
+Equal trees, options and zstd give equal bytes. Frames are compressed by a pool of threads that all NARs under way
+share; each NAR has at most ``window`` frames in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import zstandard
+
+from veneer.formats.chunk_map import MAX_CHUNK, Chunk, place_chunks
+from veneer.formats.nar import File, Layout, events_of
+from veneer.formats.seekable_zstd import write_seek_table
+from veneer.model.errors import FormatError, UsageError
+from veneer.model.hashes import Hash
+from veneer.model.tree import Node
+
+DEFAULT_FRAME_SIZE = 256 << 10
+DEFAULT_LEVEL = 3
+"""Nix's own."""
+MIN_FRAME_SIZE = 4 << 10
+LEVELS = range(1, 23)
+_WINDOW_PER_JOB = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of a NAR. Hashes and sizes of the NAR itself, and of the file that was written."""
+
+    nar_hash: Hash
+    nar_size: int
+    file_hash: Hash
+    file_size: int
+    chunks: tuple[Chunk, ...]
+
+
+class Encoder:
+    """Options and threads of encoding. ``encode`` may be called from several threads. Close it."""
+
+    def __init__(
+        self, *, level: int = DEFAULT_LEVEL, frame_size: int = DEFAULT_FRAME_SIZE, jobs: int = 1
+    ) -> None:
+        """``frame_size`` in bytes; ``jobs``: frames compressed at once. UsageError."""
+        if level not in LEVELS:
+            raise UsageError(f"not a zstd level: {level}", hint=f"{LEVELS[0]} to {LEVELS[-1]}")
+        if not MIN_FRAME_SIZE <= frame_size <= MAX_CHUNK:
+            raise UsageError(
+                f"frames of {frame_size} bytes cannot be written",
+                hint=f"{MIN_FRAME_SIZE} to {MAX_CHUNK} bytes",
+            )
+        self._level = level
+        self._frame_size = frame_size
+        self._window = _WINDOW_PER_JOB * jobs
+        self._pool = ThreadPoolExecutor(jobs, "encode")
+        self._own = threading.local()
+
+    def encode(self, tree: Node, nar: Iterable[bytes], out: BinaryIO) -> Encoded:
+        """Write the NAR in ``nar`` (pieces of any size), which is that of ``tree``, into ``out``.
+
+        Whether it is the NAR that was meant is for the caller to see, by its hash and size.
+        """
+        plain, encoded = hashlib.sha256(), hashlib.sha256()
+        size = file_size = 0
+        rows: list[tuple[int, int, bytes]] = []
+        pending: deque[Future[tuple[bytes, int, bytes]]] = deque()
+
+        def write(data: bytes) -> None:
+            nonlocal file_size
+            encoded.update(data)
+            out.write(data)
+            file_size += len(data)
+
+        def finish_one() -> None:
+            frame, length, digest = pending.popleft().result()
+            write(frame)
+            rows.append((len(frame), length, digest))
+
+        try:
+            for part in _parts(nar, cut(tree, self._frame_size)):
+                plain.update(part)
+                size += len(part)
+                pending.append(self._pool.submit(self._compress, part))
+                if len(pending) >= self._window:
+                    finish_one()
+            while pending:
+                finish_one()
+        finally:
+            for future in pending:
+                future.cancel()
+        write(write_seek_table([row[:2] for row in rows]))
+        return Encoded(
+            Hash("sha256", plain.digest()),
+            size,
+            Hash("sha256", encoded.digest()),
+            file_size,
+            place_chunks(rows),
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _compress(self, part: bytes) -> tuple[bytes, int, bytes]:
+        """(frame, uncompressed size, digest of the uncompressed bytes)."""
+        compressor: zstandard.ZstdCompressor | None = getattr(self._own, "compressor", None)
+        if compressor is None:  # one serves one thread
+            compressor = self._own.compressor = zstandard.ZstdCompressor(level=self._level)
+        return compressor.compress(part), len(part), hashlib.sha256(part).digest()
+
+
+def cut(tree: Node, frame_size: int) -> Iterator[int]:
+    """Where each frame of the tree's NAR ends, ascending; the last is the NAR's size."""
+    layout = Layout()
+    start = 0
+    for event in events_of(tree, layout):
+        if isinstance(event, File):
+            offset, end = event.offset, event.offset + event.size
+            while start + frame_size < offset:
+                start += frame_size
+                yield start
+            if start < offset and (event.size >= frame_size or end > start + frame_size):
+                start = offset
+                yield start
+            while start + frame_size < end:
+                start += frame_size
+                yield start
+    while start + frame_size < layout.position:
+        start += frame_size
+        yield start
+    yield layout.position
+
+
+def _parts(pieces: Iterable[bytes], ends: Iterable[int]) -> Iterator[bytes]:
+    """The bytes of ``pieces``, cut at ``ends``. More of them than the last end are an error: FormatError."""
+    following = iter(ends)
+    end = next(following, None)
+    held: list[bytes] = []
+    position = 0
+    for piece in pieces:
+        at = 0
+        while end is not None and position + len(piece) - at >= end:
+            taken = end - position
+            held.append(piece[at : at + taken])
+            at += taken
+            position = end
+            yield held[0] if len(held) == 1 else b"".join(held)
+            held.clear()
+            end = next(following, None)
+        if at < len(piece):
+            if end is None:
+                raise FormatError(f"a NAR of more than the {position} bytes of its tree", where="NAR")
+            held.append(piece[at:] if at else piece)
+            position += len(piece) - at
+    if held:
+        yield b"".join(held)
