@@ -9,9 +9,9 @@ from pathlib import Path
 from veneer.cache.cache import Cache
 from veneer.sources.base import Source
 from veneer.sources.chain import SourceChain
-from veneer.sources.object_store import ObjectStoreSource
+from veneer.sources.opening import open_source
 from veneer.sources.options import SourceOptions, parse_source_url
-from veneer.sources.store_directory import StoreDirectory, is_trusted
+from veneer.sources.store_directory import is_trusted
 from veneer.store.remembered import RememberedSource
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import View, ViewConfig, open_view
@@ -40,10 +40,9 @@ def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
 
     def make_source(url: str) -> tuple[Source, bool]:
         parsed = parse_source_url(url)
-        if parsed.scheme == "local":
-            # not remembered: what a store directory has may go, and come back with another content
-            return StoreDirectory(parsed, options), is_trusted(parsed)
-        inner = ObjectStoreSource(parsed, options)
+        inner = open_source(parsed, options)
+        if parsed.scheme == "local":  # what it has may go, and come back with another content
+            return inner, is_trusted(parsed)
         remembered = RememberedSource(
             inner, cache.index, clock, negative_ttl=config.negative_ttl, store_dir=config.store_dir
         )

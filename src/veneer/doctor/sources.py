@@ -19,12 +19,14 @@ from veneer.formats.signature import PublicKey
 from veneer.model.errors import FormatError, VeneerError
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
-from veneer.sources.object_store import ObjectStoreSource
+from veneer.sources.base import Source
+from veneer.sources.opening import open_source
 from veneer.sources.options import SourceOptions, parse_source_url, without_secrets
+from veneer.sources.store_directory import is_trusted
 
 SECONDS = 8.0
 MOST_SKEW = 300.0
-Question = Callable[[ObjectStoreSource], Awaitable[object]]
+Question = Callable[[Source], Awaitable[object]]
 
 
 def reachable(subject: Subject) -> Iterator[Result]:
@@ -146,7 +148,7 @@ def agreement(path: StorePath, answers: dict[str, object]) -> Result:
 
 def _is_trusted(url: str) -> bool:
     try:
-        return parse_source_url(url).trusted
+        return is_trusted(parse_source_url(url))
     except VeneerError:
         return False
 
@@ -155,7 +157,7 @@ def _has(path: StorePath) -> Question:
     return lambda source: source.path_info(path.hash_part)
 
 
-async def _info(source: ObjectStoreSource) -> CacheInfo:
+async def _info(source: Source) -> CacheInfo:
     info = await source.nix_cache_info()
     return replace(info, priority=source.priority)
 
@@ -170,7 +172,7 @@ async def _ask(subject: Subject, url: str, question: Question) -> object:
         netrc=subject.netrc, ca_file=subject.ca_file, connect_seconds=3.0, stall_seconds=5.0, tries=1
     )
     try:
-        source = ObjectStoreSource(parse_source_url(url), options)
+        source = open_source(parse_source_url(url), options)
         try:
             return await asyncio.wait_for(question(source), SECONDS)
         finally:

@@ -25,6 +25,8 @@ from tests.support.caches import Clock, open_cache
 from tests.support.nix import RealNix
 from tests.support.sample import SampleStore
 from veneer.daemon.compose import build_view
+from veneer.doctor import sources as doctor
+from veneer.doctor.finding import Subject
 from veneer.formats.listing import parse_listing
 from veneer.formats.nar import tree_of_nar
 from veneer.model.errors import (
@@ -562,6 +564,35 @@ def test_a_path_that_two_sources_have_differently_is_told_of_once(
             cache.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_doctor_asks_store_directories_too(nix_cache: SampleStore, tmp_path: Path) -> None:
+    here = url_of(nix_cache.nix.store)
+    path = StorePath.parse_absolute(nix_cache.paths["note"])
+    subject = Subject(
+        environ={},
+        uid=os.geteuid(),
+        cache_dir=tmp_path / "cache",
+        environments_dir=tmp_path / "environments",
+        max_bytes=None,
+        sources=(here, f"local?root={tmp_path}"),
+        keys=(),
+        require_signatures=True,
+        netrc=None,
+        ca_file=None,
+        nix={},
+        nix_error="",
+        status=lambda: None,
+        memory=lambda _: {},
+        paths=(path,),
+    )
+    good, bad = doctor.reachable(subject)
+    assert good.state == "ok"
+    assert bad.state == "failed"
+    assert str(tmp_path) in bad.what
+    (found,) = doctor.named_paths(subject)
+    assert found.state == "ok"
+    assert here in found.what
 
 
 def test_only_the_own_store_is_trusted_unasked(tmp_path: Path) -> None:
