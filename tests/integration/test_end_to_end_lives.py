@@ -21,6 +21,7 @@ from tests.integration.test_end_to_end_trees import Census, Serve
 from tests.support.callers import Caller, eventually, read_line
 from tests.support.nginx import nar_requests
 from tests.support.sample import SampleStore
+from veneer.cache.directory import wait_until_free
 from veneer.formats.cache_info import CacheInfo, write_cache_info
 from veneer.formats.listing import write_listing
 from veneer.formats.nar import nar_of, nar_size, with_offsets
@@ -277,6 +278,7 @@ def test_the_end_of_a_file_beyond_four_gibibytes_is_read(
         assert probe.ask("look", path=f"{path}/file")["size"] == size > 1 << 32
         answer = probe.ask("read", path=f"{path}/file", offset=size - 100, within=120)
         assert (answer["size"], answer["last"][-17:]) == (100, "the end of it all")
+    assert wait_until_free(as_root.cache, 120)  # the daemon syncs it first
     shutil.rmtree(as_root.cache)
 
 
