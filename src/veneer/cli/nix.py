@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from veneer.cli.config import Settings, SourceSetting
 from veneer.cli.options import Decorator, Function, store_path_arguments
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import WatchedDaemon
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MODES = ("auto", "overlay", "daemon", "filled", "off")
 _VERSION_SECONDS = 5.0
 _DRV = ".drv"
+_HOST_STORE = "local"
+_HOST_DATABASE = "/nix/var/nix/db/db.sqlite"
 
 _FLAGS: tuple[Decorator, ...] = (
     click.option(
@@ -87,6 +90,18 @@ def nix_spec(flags: NixFlags, daemon: WatchedDaemon, cache_dir: Path, output: Ou
         case _:
             rows = registrations(daemon.client, cache_dir, store_path_arguments(flags.closure))
             return NixSpec(daemon.nix_socket, "filled", rows)
+
+
+def with_host_store(settings: Settings, flags: NixFlags) -> Settings:
+    """``settings`` with the host's own store as a source, so that Nix inside takes for valid what the host's Nix does.
+
+    Its files lie beneath the environment's store in any case.
+    """
+    if not flags.wanted or settings.borrowed or not os.access(_HOST_DATABASE, os.R_OK):
+        return settings
+    if any(source.url.partition("?")[0] == _HOST_STORE for source in settings.sources):
+        return settings
+    return replace(settings, sources=(SourceSetting(_HOST_STORE, "strict"), *settings.sources))
 
 
 def _mode_of_installed(has_closure: bool, output: Output) -> Literal["overlay", "filled"]:

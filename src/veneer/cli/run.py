@@ -22,7 +22,7 @@ import click
 from veneer.cli.client import Client
 from veneer.cli.config import Flags, Settings, load_settings
 from veneer.cli.enter import has_sources_of, join, shell_or
-from veneer.cli.nix import NixFlags, nix_flags, nix_spec
+from veneer.cli.nix import NixFlags, nix_flags, nix_spec, with_host_store
 from veneer.cli.options import json_option, quiet_option, settings_flags
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import WatchedDaemon, make_cache_dir
@@ -75,7 +75,7 @@ def run(
       veneer run --cache https://cache.example.org -- /nix/store/…-hello/bin/hello
       veneer run --name dev
     """
-    settings = load_settings(flags)
+    settings = with_host_store(load_settings(flags), nix)
     words = shell_or(command)
     layer = None
     if name is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from veneer.cli.config import Flags, Settings
-from veneer.cli.nix import NixFlags, nix_flags, nix_spec
+from veneer.cli.nix import NixFlags, nix_flags, nix_spec, with_host_store
 from veneer.cli.options import json_option, quiet_option, settings_flags
 from veneer.cli.output import Output
 from veneer.model.errors import UsageError, VeneerError, printable
@@ -56,7 +56,7 @@ def up(output: Output, flags: Flags, name: str, patience: float, nix: NixFlags) 
     from veneer.cli.config import load_settings
     from veneer.environment.channel import Channel, failure
 
-    settings = load_settings(flags)
+    settings = with_host_store(load_settings(flags), nix)
     living = environment.attach(settings.environments_dir, name)
     if living is not None:
         return _is_up_already(output, settings, living)

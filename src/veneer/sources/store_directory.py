@@ -6,12 +6,14 @@ every source. What is not like a binary cache:
 
 - a path may go (garbage collection) and come back with another content: so nobody may remember its answers;
 - a NAR cannot be read in parts: where a byte lies would have to be computed by a walk over the whole path;
+- of the host's own store, what we say is there is held against its garbage collector as long as this source is open;
 - it has Nix's priority for local stores (0) unless its URL says otherwise, so it goes before binary caches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 import threading
@@ -31,6 +33,7 @@ from .file_tree import nar_below, tree_below
 from .mounts import OWN, file_system_of, open_directory
 from .nix_database import NixDatabase
 from .options import SourceConfig, SourceOptions
+from .temporary_roots import TemporaryRoots
 from .workers import Workers
 
 T = TypeVar("T")
@@ -56,6 +59,8 @@ class StoreDirectory:
         self._directory = Path(config.address)
         self._database = NixDatabase(Path(config.state_dir), options.store_dir)
         self._workers = Workers(min(options.in_flight, THREADS), "store directory")
+        in_place = config.address == options.store_dir
+        self._roots = TemporaryRoots(Path(config.state_dir)) if in_place else None
 
     @property
     def url(self) -> str:
@@ -98,6 +103,8 @@ class StoreDirectory:
 
     async def close(self) -> None:
         self._workers.close()
+        if self._roots is not None:
+            self._roots.close()
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         """On a thread; a file system that does not answer keeps the thread, but not whoever asked."""
@@ -120,6 +127,7 @@ class StoreDirectory:
             info = self._database.path_info(hash_part)
             if info is None:
                 return None
+            self._hold(info.store_path)
             os.stat(info.store_path.basename, dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:
             return None
@@ -128,6 +136,15 @@ class StoreDirectory:
         finally:
             os.close(directory)
         return info
+
+    def _hold(self, path: StorePath) -> None:
+        """Keep the host's own garbage collector from a path of which we say that it is there.
+
+        Where neither the state directory nor a nix-daemon can be used, nothing is held: somebody else collects garbage there.
+        """
+        if self._roots is not None:
+            with contextlib.suppress(SourceError):
+                self._roots.hold(path.absolute(self._options.store_dir))
 
     def _listing(self, hash_part: str) -> bytes | None:
         info = self._path_info(hash_part)
