@@ -111,7 +111,7 @@ def is_environment(arguments: tuple[str, ...]) -> bool:
 def environment_paths(output: Output, settings: Settings, name: str) -> Found:
     """What was built in an environment, as its Nix database has it. UsageError when there is no such environment."""
     root = settings.environments_dir
-    state = root / name / "nix" / "var" / "nix"
+    state = root / name / "var" / "nix"
     database = NixDatabase(state, DEFAULT_STORE_DIR) if (state / "db" / "db.sqlite").exists() else None
     infos = []
     for change in named.diff(root, name):
