@@ -129,7 +129,7 @@ class Publisher:
             raise _StoppedError
         info, sent = self._store_content(upload.info)
         for future in before:
-            if future.cancelled() or future.exception() is not None:
+            if future.exception() is not None:
                 raise _StoppedError
         self._target.put(f"{info.store_path.hash_part}.narinfo", write_narinfo(info))
         with self._lock:
