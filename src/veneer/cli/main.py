@@ -31,7 +31,7 @@ COMMANDS = {
     "doctor": "Find what is wrong with the machine, the sources or Nix, and the fix.",
     "config": "Print the lines for your own nix.conf.",
     "publish": "Write store paths into a binary cache that can be read in parts.",
-    "mirror": "Write paths of one binary cache into another, so that they can be read in parts.",
+    "mirror": "Write paths of one binary cache into another, to be read in parts.",
     "gc": "Drop cached content that was not used for longest.",
     "pin": "Keep store paths in the cache, or list what is kept.",
     "unpin": "Let a pinned name go.",

@@ -28,9 +28,9 @@ def mirror(
     no_closure: bool,
     **options: object,
 ) -> None:
-    """Write paths of one binary cache into another one, in frames that can be read in parts.
+    """Write paths of one binary cache into another, to be read in parts.
 
-    Signatures of the first cache are checked and kept. Contents pass through the local cache.
+    All that they refer to comes along. Signatures of the first cache are checked and kept. Contents pass through the local cache.
 
     \b
     Example:

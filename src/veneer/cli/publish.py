@@ -20,9 +20,9 @@ from veneer.cli.output import Output
 def publish(
     output: Output, /, flags: Flags, paths: tuple[str, ...], no_closure: bool, **options: object
 ) -> None:
-    """Write store paths and all that they refer to into a binary cache, in frames that can be read in parts.
+    """Write store paths into a binary cache that can be read in parts.
 
-    Any Nix can substitute from it. Instead of paths, the name of an environment publishes what was built in it.
+    All that they refer to comes along. Any Nix can substitute from it. Instead of paths, the name of an environment publishes what was built in it.
     Narinfos keep the signatures that they have; --key-file adds one, and signs chunk maps for partial reads.
     What the cache has already is left alone, so a run that was interrupted is completed by repeating it.
 
