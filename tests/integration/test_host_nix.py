@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -122,3 +123,36 @@ def test_the_hosts_garbage_collector_leaves_what_an_environment_was_told_is_vali
     finally:
         process.kill()
         process.communicate()
+
+
+def test_profiles_of_the_host_are_left_alone(host: Host) -> None:
+    """Not even where the user's ~/.nix-profile leads to them: what is installed inside exists only there."""
+    file = host.caller.home / f"{secrets.token_hex(4)}.nix"
+    file.write_text(
+        '{ name }: derivation { inherit name; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";'
+        ' args = [ "-euc" "mkdir $out; echo $name > $out/$name" ]; }'
+    )
+    install = f"nix-env --quiet -i -f {file} --argstr name"
+    words = host.caller.words("run", "--quiet", "--", "bash", "-euc")[len(host.caller.prefix) :]
+    # What it collects is another matter: it lists the host's paths too.
+    inside = f"{install} inner-1; nix-env -q; nix-collect-garbage -d || true; nix profile list"
+    script = f"""
+        {install} first-1; {install} second-1
+        ls -l /nix/var/nix/profiles/per-user/root | cksum
+        {shlex.join([*map(str, words), inside])}
+        ls -l /nix/var/nix/profiles/per-user/root | cksum
+        cat ~/.nix-profile/first-1
+    """
+    done = subprocess.run(
+        [*host.caller.prefix, "bash", "-euc", script],
+        env=host.caller.environment,
+        cwd=host.caller.home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    before, installed, *listed, after, first = done.stdout.splitlines()
+    assert (before, installed, first) == (after, "inner-1", "first-1"), done.stdout
+    assert "inner-1" in " ".join(listed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 import signal
 import socket
 import time
@@ -11,12 +13,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from veneer.environment import syscalls
-from veneer.environment.nix.settings import LOGS, STATE
+from veneer.environment.nix.settings import LOGS, STATE, STATE_HOME
 from veneer.environment.spec import NixSpec
 from veneer.model.errors import MachineError, printable
 
 PROGRAM = "nix-daemon"
 SOCKET = f"{STATE}/daemon-socket/socket"
+_ROOT_CHANNELS = "profiles/per-user/root/channels"
 LOG = f"{LOGS}/nix-daemon.log"
 _FIRST_INHERITED = 3
 """As in socket activation: the listening socket is this descriptor."""
@@ -27,6 +30,7 @@ def prepare(nix: NixSpec, daemon_environ: Mapping[str, str]) -> int:
 
     VeneerError when the database cannot be filled, MachineError when there is no nix-daemon.
     """
+    show_channels(daemon_environ, Path(STATE), Path(STATE_HOME))
     if nix.mode == "filled":
         from veneer.environment.nix import database
 
@@ -54,6 +58,37 @@ def prepare(nix: NixSpec, daemon_environ: Mapping[str, str]) -> int:
         if pid == 0:
             _become_daemon(listening, daemon_environ)
     return pid
+
+
+def show_channels(
+    environ: Mapping[str, str], state: Path, state_home: Path, host_state: Path = Path("/nix/var/nix")
+) -> None:
+    """Link the host's channels, the user's and root's, to where Nix looks for them in ``state`` and ``state_home``.
+
+    What Nix itself made there (``nix-channel --update``) is left alone; an error leaves the environment without channels.
+    """
+    links = [(state / _ROOT_CHANNELS, [host_state / _ROOT_CHANNELS])]
+    home = environ.get("HOME") or _home()
+    if home:
+        state_of_user = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
+        links.append(
+            (state_home / "defexpr", [Path(home, ".nix-defexpr"), Path(state_of_user, "nix/defexpr")])
+        )
+    for link, places in links:
+        target = next((place for place in places if os.path.lexists(place)), None)
+        with contextlib.suppress(OSError):
+            if link.is_symlink() and link.readlink() in places:
+                link.unlink()  # of an earlier start
+            if target is not None:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(target)
+
+
+def _home() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return ""
 
 
 def _become_daemon(listening: socket.socket, environ: Mapping[str, str]) -> NoReturn:

@@ -7,6 +7,9 @@ Everything goes through environment variables, so that no file of the user's or 
   those above. Its state (database, roots, profiles, logs) lies beside the upper layer and lives and dies with it.
 - With a nix-daemon only that has this store; its clients have NIX_REMOTE=daemon and the state directory, in which its socket lies.
 - A Nix without such stores has a plain local one, over a database that we have filled.
+- Profiles are the environment's own. Nix finds them by the link ``~/.nix-profile``, which may be the host's: what is installed
+  there would be missing on the host, and generations that the host needs would be collected. With ``use-xdg-base-directories``
+  it looks in NIX_STATE_HOME instead (Nix 2.25 and newer; an older one leaves out what it does not know).
 - ``check-mount`` stays on, except where the overlay has two lower layers (a host with a store of its own): Nix's check
   knows only one.
 """
@@ -22,10 +25,13 @@ from veneer.formats.overlay_store import OverlayStore
 
 STATE = f"{p.STATE}/nix"
 LOGS = f"{p.STATE}/log"
+STATE_HOME = f"{STATE}/home"
+"""In place of ``~/.local/state/nix``."""
+OWN_PROFILES = "use-xdg-base-directories = true"
 FEATURE = "local-overlay-store"
 NO_BUILD_USERS = "build-users-group ="
-_OVERRULED = ("NIX_REMOTE", "NIX_STATE_DIR", "NIX_LOG_DIR")
-"""Variables of the caller's that would lead Nix to another store or database."""
+_OVERRULED = ("NIX_REMOTE", "NIX_STATE_DIR", "NIX_LOG_DIR", "NIX_STATE_HOME", "NIX_PROFILE")
+"""Variables of the caller's that would lead Nix to another store, database or profile."""
 
 
 def environ(given: Mapping[str, str], nix: NixSpec, facts: NixFacts) -> dict[str, str]:
@@ -36,8 +42,9 @@ def environ(given: Mapping[str, str], nix: NixSpec, facts: NixFacts) -> dict[str
             lines = _overlay_lines(nix, facts)
         case "daemon":
             made["NIX_REMOTE"] = "daemon"
-            lines = []
+            lines = [OWN_PROFILES]
         case "filled":
+            made["NIX_PROFILE"] = f"{STATE}/profiles/profile"  # old ones do not know that setting
             lines = ["store = local"]
             if not facts.unprivileged and not facts.has_build_group:
                 lines.append(NO_BUILD_USERS)
@@ -68,6 +75,7 @@ def _base(given: Mapping[str, str]) -> dict[str, str]:
     made = {name: value for name, value in given.items() if name not in _OVERRULED}
     made["NIX_STATE_DIR"] = STATE
     made["NIX_LOG_DIR"] = LOGS
+    made["NIX_STATE_HOME"] = STATE_HOME
     return made
 
 
@@ -81,6 +89,7 @@ def _configure(made: dict[str, str], lines: Sequence[str]) -> None:
 def _overlay_lines(nix: NixSpec, facts: NixFacts) -> list[str]:
     return [
         f"extra-experimental-features = {FEATURE}",
+        OWN_PROFILES,
         f"store = {store_url(nix.socket.name, check_mount=not facts.host_store)}",
         *_builder_lines(facts),
     ]
