@@ -1,8 +1,9 @@
 """``veneer mount``: the store on a directory, in the foreground.
 
-The mount server is a process of its own; this one only mounts, waits and unmounts. Whichever of the two is killed, the
-other one unmounts. A daemon that dies has a successor. It never looks into the directory while it is mounted: a read
-there could wait for the daemon that this command keeps alive.
+The mount server is a process of its own; this one mounts, keeps /dev/fuse open, waits and unmounts. A mount server that
+dies has a successor, which takes the mount over; when this process is killed the server unmounts. A daemon that dies has a
+successor, too. This process never looks into the directory while it is mounted: a read there could wait for the daemon that
+it keeps alive.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,7 @@ from veneer.model.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     from veneer.cli.private_daemon import WatchedDaemon
+    from veneer.mount.succession import Succession
 
 _END_SECONDS = 10.0
 _ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -66,10 +70,9 @@ def mount(output: Output, flags: Flags, directory: str) -> int:
         status: int | None = None
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-            with _server(fuse, target, settings.cache_dir, settings.view()) as server:
-                os.close(fuse)  # the server has its own: the mount must end with it
+            with _means(fuse, target, settings.cache_dir, settings.view()) as means:
                 output.note(f"mounted on {target}; Ctrl-C unmounts")
-                status = _wait(server, daemon)
+                status = _serve(means, daemon, output)
         except KeyboardInterrupt:
             pass  # that is how it ends
         finally:
@@ -91,6 +94,35 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What each mount server gets. ``owner``: a pipe that ends with this process."""
+
+    fuse: int
+    target: Path
+    cache: int
+    view: int
+    owner: int
+    succession: Succession
+
+
+def _serve(means: _Means, daemon: WatchedDaemon, output: Output) -> int:
+    """Start mount servers until one unmounted (0) or the last one cannot have a successor: its status."""
+    from veneer.mount.succession import is_connected
+
+    while True:
+        with _server(means) as server:
+            status = _wait(server, daemon)
+        if not is_connected(means.fuse):
+            return 0
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        obstacle = means.succession.obstacle(time.monotonic())
+        if obstacle is not None:
+            output.warning(f"the mount server ended ({how}): {obstacle}")
+            return status or 1
+        output.warning(f"the mount server ended ({how}); another took over")
+
+
 def _wait(server: subprocess.Popen[bytes], daemon: WatchedDaemon) -> int:
     """The server's status; a daemon that dies meanwhile has a successor."""
     pidfd = os.pidfd_open(server.pid)
@@ -106,32 +138,46 @@ def _wait(server: subprocess.Popen[bytes], daemon: WatchedDaemon) -> int:
 
 
 @contextmanager
-def _server(
-    fuse: int, target: Path, cache_dir: Path, view: dict[str, object]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The mount server's process; ended with the block."""
+def _means(fuse: int, target: Path, cache_dir: Path, view: dict[str, object]) -> Iterator[_Means]:
+    """For the block; after it the mount's descriptor is closed, and no server knows that we are there."""
+    from veneer.mount.succession import Succession
+
     cache = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     brought = os.memfd_create("view")
     os.write(brought, json.dumps(view).encode())
-    os.lseek(brought, 0, os.SEEK_SET)
     owner, ours = os.pipe2(os.O_CLOEXEC)
-    options = {"--fuse-fd": fuse, "--cache-fd": cache, "--view-file": f"/proc/self/fd/{brought}"}
-    options |= {"--owner-fd": owner, "--mounted-on": target}
-    words = [str(word) for pair in options.items() for word in pair]
+    succession = Succession(fuse)
     try:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "veneer.mount", *words],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(fuse, cache, brought, owner),
-            start_new_session=True,
-        )
+        yield _Means(fuse, target, cache, brought, owner, succession)
     finally:
-        for fd in (cache, brought, owner):
+        for fd in (fuse, cache, brought, owner, ours):
             os.close(fd)
+        succession.close()
+
+
+@contextmanager
+def _server(means: _Means) -> Iterator[subprocess.Popen[bytes]]:
+    """A mount server's process; ended with the block."""
+    session = means.succession.session
+    told = means.succession.writer
+    options = {
+        "--fuse-fd": means.fuse,
+        "--cache-fd": means.cache,
+        "--view-file": f"/proc/self/fd/{means.view}",
+    }
+    options |= {"--owner-fd": means.owner, "--mounted-on": means.target, "--session-fd": told}
+    if session is not None:
+        options["--session"] = json.dumps(session.to_json())
+    words = [str(word) for pair in options.items() for word in pair]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "veneer.mount", *words],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(means.fuse, means.cache, means.view, means.owner, told),
+        start_new_session=True,
+    )
     try:
         yield server
     finally:
         if server.poll() is None:
             server.terminate()
             server.wait(_END_SECONDS)
-        os.close(ours)

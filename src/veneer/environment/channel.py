@@ -1,7 +1,7 @@
-"""Messages from the environment's init to the supervisor: one JSON object per packet, some with descriptors.
+"""Messages from the environment's init and keeper to the supervisor: one JSON object per packet, some with descriptors.
 
-Both ends are the same program, forked: the packets are not checked. The supervisor's end says EOF as soon as the init
-has ended, because nobody else keeps the other end.
+Both ends are the same program, forked: the packets are not checked. The supervisor's end says EOF when both have
+ended, because nobody else keeps the other end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The environment's first process: pid 1 of its pid namespace. It builds the root, starts mount server and command, reaps.
+"""The environment's first process: pid 1 of its pid namespace. It builds the root, starts the command, reaps.
 
 When it ends, however it does, the kernel kills every process of the namespace and with the last of them all mounts vanish.
 It has every signal blocked: the terminal's and the supervisor's go to the command, which gets the caller's mask back.
@@ -12,6 +12,7 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,24 +37,28 @@ ABSENCE_SECONDS = 10.0
 ABSENCE_MARGIN = 0.2
 STOP_SECONDS = 5.0
 """How long the mount server may take to end and report."""
+STOP = b"s"
+"""To the keeper: end the mount server, and close your end when that is done."""
 
 
 @dataclass(slots=True)
 class InitTask:
-    """What the supervisor hands down. ``owner``: the caller's user and group. ``parent_alive``: a pipe that says end-of-file when our parent is gone.
-    ``report_fd``: for the mount server alone. ``layer_may_move``: a refused writable layer may be replaced by memory."""
+    """What is handed down. ``owner``: the caller's user and group. ``layer_may_move``: a refused writable layer may be
+    replaced by memory. From the keeper: ``parent_alive``, a pipe that says end-of-file when it is gone; ``fuse_fd``, to be
+    mounted; ``go_fd``, where the mount server waits for that; ``keeper``, which takes STOP, and says why there is no
+    mount server when there can be none."""
 
     spec: RunSpec
     facts: HostFacts
     owner: tuple[int, int]
     steps: list[p.Step]
     channel: Channel
-    parent_alive: int
-    cache_fd: int
-    report_fd: int
     caller_mask: Iterable[int]
     layer_may_move: bool
-    load_server: serving.LoadServer
+    parent_alive: int = -1
+    fuse_fd: int = -1
+    go_fd: int = -1
+    keeper: socket.socket | None = None
     users_fd: int = -1
     """The lock that keeps others from joining (U4 of ``upper``), or -1: nobody may."""
     described: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +78,7 @@ def run_init(task: InitTask) -> NoReturn:
         _die_with_parent(task.parent_alive)
         task.channel.send("init", [os.pidfd_open(os.getpid())])
         itself = living.identify() if task.users_fd >= 0 else {}
-        server = _build(task)
+        _build(task)
         if task.spec.nix is not None:
             inside.prepare(
                 task.spec.nix, settings.daemon_environ(task.spec.environ, task.spec.nix, task.facts.for_nix)
@@ -87,12 +92,12 @@ def run_init(task: InitTask) -> NoReturn:
         if task.spec.nix is not None:
             threading.Thread(target=_remount_on_request, args=(task,), name="remounts", daemon=True).start()
         if command < 0:
-            _reap(task.channel, server.pid)
-        ended = describe_status(_wait_for_command(task.channel, command, server.pid))
+            _reap()
+        ended = describe_status(_wait_for_command(task.channel, command))
         if task.users_fd >= 0:
-            _wait_for_others(task, server.pid, ended)
-        _kill_others(server.pid)
-        _stop(server.pid)
+            _wait_for_others(task, ended)
+        _kill_others()
+        _stop_server(task)
         task.channel.send("ended", **ended)
     except BrokenPipeError:
         os._exit(OUR_FAULT)  # the supervisor is gone: there is nobody to tell
@@ -116,26 +121,22 @@ def _let_others_join(task: InitTask, itself: Mapping[str, int]) -> None:
     task.channel.send("ready")
 
 
-def _wait_for_others(task: InitTask, server: int, ended: Mapping[str, Any]) -> None:
+def _wait_for_others(task: InitTask, ended: Mapping[str, Any]) -> None:
     """Keep others from joining; those who have go on until they end by themselves."""
     try:
         fcntl.flock(task.users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         task.channel.send("lingers", **ended)
-        over = threading.Event()
-        reaper = threading.Thread(target=_reap, args=(task.channel, server, over), name="reaper", daemon=True)
-        reaper.start()
+        threading.Thread(target=_reap, name="reaper", daemon=True).start()
         fcntl.flock(task.users_fd, fcntl.LOCK_EX)
-        over.set()
 
 
-def _reap(channel: Channel, server: int, over: threading.Event | None = None) -> None:
-    """Reap whatever ends, for ever; the mount server's end is told unless it is ``over``."""
+def _reap() -> NoReturn:
+    """Reap whatever ends, for ever."""
     while True:
         with contextlib.suppress(ChildProcessError):
-            while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                if found[0] == server and not (over is not None and over.is_set()):
-                    channel.send("server-ended", text=describe_end(found[1]))
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         signal.sigwait([signal.SIGCHLD])
 
 
@@ -145,18 +146,14 @@ def _die_with_parent(parent_alive: int) -> None:
         os._exit(OUR_FAULT)
 
 
-def _build(task: InitTask) -> serving.ServerProcess:
-    # In our user namespace, or the kernel would not let it be mounted there.
-    fuse_fd = device.open_fuse()
-    server = serving.start(task.load_server, fuse_fd, task.cache_fd, task.report_fd)
-    os.close(task.cache_fd)
-    os.close(task.report_fd)
-
+def _build(task: InitTask) -> None:
     def serve() -> None:
-        os.close(fuse_fd)  # the server's is the last one: when it ends, readers fail instead of waiting
-        server.go()
+        os.close(task.fuse_fd)  # the keeper has its own, and says when the mount is to end
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the keeper says why
+            os.write(task.go_fd, b"!")
+        os.close(task.go_fd)
 
-    executor = Executor(fuse_fd, serve, lambda text: task.channel.send("warning", text=text))
+    executor = Executor(task.fuse_fd, serve, lambda text: task.channel.send("warning", text=text))
     try:
         syscalls.unshare(syscalls.CLONE_NEWNS)
     except OSError as error:
@@ -164,10 +161,9 @@ def _build(task: InitTask) -> serving.ServerProcess:
     try:
         _apply(task, executor)
     except StepError as failure:
-        _raise_server_failure(server.pid)
+        _raise_server_failure(task)
         raise machine.explain(failure, in_user_namespace=task.facts.needs_user_namespace) from failure
     device.raise_read_ahead(p.LOWER_ROOT + task.spec.store_dir)
-    return server
 
 
 def _apply(task: InitTask, executor: Executor) -> None:
@@ -185,11 +181,12 @@ def _apply(task: InitTask, executor: Executor) -> None:
         executor.apply([*p.memory_layers(), failure.step, *failure.rest])
 
 
-def _raise_server_failure(server: int) -> None:
-    """The mount server's end is the better explanation, when there is one; it has told the supervisor itself."""
-    pid, status = os.waitpid(server, os.WNOHANG)
-    if pid:
-        raise MachineError(f"the mount server did not start: {describe_end(status)}")
+def _raise_server_failure(task: InitTask) -> None:
+    """The mount server's end is the better explanation, when there is one."""
+    assert task.keeper is not None
+    if select.select([task.keeper], [], [], 0)[0]:
+        why = task.keeper.recv(1 << 12).decode(errors="replace")
+        raise MachineError(f"the mount server did not start: {why}")
 
 
 def start_command(
@@ -303,7 +300,7 @@ def _remount(store_dir: str) -> None:
     syscalls.mount("overlay", store_dir, "overlay", syscalls.MS_REMOUNT | flags)
 
 
-def _wait_for_command(channel: Channel, command: int, server: int) -> int:
+def _wait_for_command(channel: Channel, command: int) -> int:
     """Reap everything until the command has ended; its wait status."""
     while True:
         pid, status = os.waitpid(-1, os.WUNTRACED)
@@ -312,30 +309,30 @@ def _wait_for_command(channel: Channel, command: int, server: int) -> int:
                 channel.send("stopped", number=os.WSTOPSIG(status))
         elif pid == command:
             return status
-        elif pid == server:
-            channel.send("server-ended", text=describe_end(status))
 
 
-def _kill_others(server: int) -> None:
-    """What the command left running goes before the mount server, so that it does not see a dead store."""
+def _kill_others() -> None:
+    """What the command left running goes before the mount server, so that it does not see a dead store.
+
+    The server's parent, the keeper, is outside: it counts as 0.
+    """
     if Path("/proc/self").readlink() != Path(str(os.getpid())):
         return  # the host's process list, in a container: the kernel will do it
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) not in (os.getpid(), server):
-            try:
-                os.kill(int(entry.name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                stat = (entry / "stat").read_text(errors="replace")
+                if stat.rpartition(")")[2].split()[1] != "0":
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
-def _stop(server: int) -> None:
-    try:
-        handle = os.pidfd_open(server)
-    except ProcessLookupError:
-        return  # ended and reaped before
-    signal.pidfd_send_signal(handle, signal.SIGTERM)
-    if not select.select([handle], [], [], STOP_SECONDS)[0]:
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
+def _stop_server(task: InitTask) -> None:
+    """Wait until it has reported, and does not hold the mount any more."""
+    assert task.keeper is not None
+    with contextlib.suppress(BrokenPipeError):  # it has given up
+        task.keeper.send(STOP)
+    while task.keeper.recv(1 << 12):
+        pass
 
 
 def describe_end(status: int) -> str:

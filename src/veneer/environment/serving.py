@@ -1,4 +1,4 @@
-"""The mount server's process: a child of the environment's init that stays in the host's mount namespace.
+"""The mount server's process: a child of the keeper that stays in the host's mount namespace.
 
 It never sees the environment's own mounts, so it cannot come to wait for itself (its own modules may lie in the host's
 ``/nix/store``), and it keeps none of the command's descriptors, directory or terminal.
@@ -7,53 +7,64 @@ It never sees the environment's own mounts, so it cannot come to wait for itself
 from __future__ import annotations
 
 import errno
-import json
+import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from veneer.environment import syscalls
+from veneer.environment import figures, syscalls
 from veneer.environment.plan import LOWER_ROOT
 from veneer.environment.spec import RunSpec
 from veneer.formats.mountinfo import MountInfo, parse_mountinfo
 from veneer.model.errors import VeneerError, printable
+from veneer.mount import succession
+from veneer.mount.session import Session
 
 Report = dict[str, Any]
-Serve = Callable[[int, int], Report]
-"""Serves (/dev/fuse, the cache directory) until SIGTERM, which is blocked at the start; returns the final report."""
-LoadServer = Callable[[], Serve]
-"""Called in the new process while the root is being built: the place for imports."""
-
 
 ABSENCE = signal.SIGUSR1
 """To init: a store path was answered as absent, which the overlay above will not ask again by itself."""
+WORD_SECONDS = 1.0
+WORD_SHARE = 100
+"""Pause between two words about what was read: at least the seconds, and this many times what a word costs."""
+_INIT = 1
+"""Pid of the environment's init, as the server sees it."""
 
 
-@dataclass(slots=True)
-class ServerProcess:
-    """``pid``: in our pid namespace. ``go_fd``: closing it after a byte was written lets it serve."""
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What one mount server gets: /dev/fuse, the cache directory, where its figures go, where it tells its session.
 
-    pid: int
-    go_fd: int
+    ``go_fd``: a pipe; serve once there is a byte in it, end at its end; -1: serve. ``number``: 1 for the first; ``session``: what a successor goes on with; ``since``: when the first began (monotonic).
+    """
 
-    def go(self) -> None:
-        """The file system is mounted: begin."""
-        os.write(self.go_fd, b"!")
-        os.close(self.go_fd)
+    fuse_fd: int
+    cache_fd: int
+    report_fd: int
+    session_fd: int
+    number: int
+    session: Session | None
+    since: float
+    go_fd: int = -1
 
 
-def start(load: LoadServer, fuse_fd: int, cache_fd: int, report_fd: int) -> ServerProcess:
-    """Fork the mount server. It waits for ``go``; its report goes to ``report_fd`` as JSON before it ends."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+Serve = Callable[[Duty], Report]
+"""Serves until SIGTERM, which is blocked at the start; returns the final report."""
+LoadServer = Callable[[], Serve]
+"""Called in the new process while the root is being built: the place for imports. The keeper does them for successors."""
+
+
+def start(load: LoadServer, duty: Duty) -> int:
+    """Fork a mount server; its pid. OSError. Its report goes to ``report_fd`` (``figures``)."""
     pid = os.fork()
     if pid == 0:
-        _child(load, fuse_fd, cache_fd, report_fd, reader)
-    os.close(reader)
-    return ServerProcess(pid, writer)
+        _child(load, duty)
+    return pid
 
 
 def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
@@ -62,17 +73,20 @@ def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
     def load() -> Serve:
         from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
 
-        def serve(fuse_fd: int, cache_fd: int) -> Report:
+        def serve(duty: Duty) -> Report:
             def tell_init(event: str, _fields: dict[str, object]) -> None:
                 if event == "absent":
-                    os.kill(os.getppid(), ABSENCE)
+                    os.kill(_INIT, ABSENCE)
 
             server = MountServer(
-                fuse_fd,
-                cache_fd,
+                duty.fuse_fd,
+                duty.cache_fd,
                 spec.view,
                 miss_seconds=spec.miss_seconds,
                 events=tell_init,
+                session=duty.session,
+                agreed=functools.partial(succession.tell, duty.session_fd),
+                since=duty.since,
                 host_store=None if host_store is None else _open_host_store(host_store),
             )
 
@@ -80,9 +94,25 @@ def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
                 signal.sigwait([signal.SIGTERM])
                 server.stop()
 
+            over = threading.Event()
+
+            def speak() -> None:
+                words = figures.Words(duty.number)
+                pause = WORD_SECONDS
+                while not over.wait(pause):
+                    began = time.thread_time()
+                    _write(duty.report_fd, words.news(dict(server.report())))
+                    pause = max(WORD_SECONDS, WORD_SHARE * (time.thread_time() - began))
+
             # A thread, not a handler: stop() takes locks that the interrupted code may hold.
             threading.Thread(target=stop_on_request, name="stop", daemon=True).start()
-            server.run()
+            speaker = threading.Thread(target=speak, name="words", daemon=True)
+            speaker.start()
+            try:
+                server.run()
+            finally:
+                over.set()
+                speaker.join()
             return dict(server.report())
 
         return serve
@@ -114,25 +144,28 @@ def answers_at_once(mounts: Sequence[MountInfo], device: tuple[int, int]) -> boo
     return True
 
 
-def _child(load: LoadServer, fuse_fd: int, cache_fd: int, report_fd: int, go_fd: int) -> NoReturn:
+def _child(load: LoadServer, duty: Duty) -> NoReturn:
     status = 1
     try:
         syscalls.set_process_name("veneer-mount")
         os.setsid()  # Ctrl-C and Ctrl-Z are for the command
         os.chdir("/")
         syscalls.reset_signal_handlers()
-        _keep_only(2, fuse_fd, cache_fd, report_fd, go_fd)
+        _keep_only(2, duty.fuse_fd, duty.cache_fd, duty.report_fd, duty.session_fd, duty.go_fd)
         serve = load()
-        if os.read(go_fd, 1):
-            os.close(go_fd)
-            _write_report(report_fd, serve(fuse_fd, cache_fd))
+        if duty.go_fd < 0 or os.read(duty.go_fd, 1):
+            _write(duty.report_fd, figures.last_word(duty.number, serve(duty)))
         status = 0
     except VeneerError as error:
-        _write_report(report_fd, {"error": error.story()})
+        tell_failure(duty.report_fd, duty.number, error.story())
     except BaseException as error:  # noqa: BLE001 - the process ends here, and this is its only voice
-        _write_report(report_fd, {"error": printable(f"{type(error).__name__}: {error}")})
+        tell_failure(duty.report_fd, duty.number, f"{type(error).__name__}: {error}")
     finally:
         os._exit(status)
+
+
+def tell_failure(report_fd: int, number: int, story: str) -> None:
+    _write(report_fd, figures.last_word(number, {"error": printable(story)}))
 
 
 def _keep_only(*kept: int) -> None:
@@ -149,7 +182,6 @@ def _keep_only(*kept: int) -> None:
                     raise
 
 
-def _write_report(fd: int, report: Report) -> None:
-    data = json.dumps(report).encode()
+def _write(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]

@@ -66,8 +66,8 @@ class RunSpec:
 class RunOutcome:
     """``status``: the command's exit status, or 128 + ``signal``, the one that ended it (0: none did).
 
-    ``report``: the mount server's own report, and beside it ``warnings`` (a list of sentences) and, when the mount server
-    ended before the command did, ``mount_server_ended`` (how, in words).
+    ``report``: the mount servers' own reports in one, and beside it ``warnings`` (a list of sentences) and, when the last
+    one ended before the command did, ``mount_server_ended`` (how, in words).
     """
 
     status: int

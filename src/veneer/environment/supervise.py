@@ -2,9 +2,9 @@
 
 ```
 P  the caller: this module
-└ K  "veneer-keeper": made the user and pid namespaces, waits for I
+└ K  "veneer-keeper": made the user and pid namespaces, holds /dev/fuse, replaces M
+  ├ M  "veneer-mount", in the pid namespace: answers the kernel
   └ I  "veneer-init", pid 1: built the root
-    ├ M  "veneer-mount": answers the kernel
     └ C  the command
 ```
 
@@ -20,7 +20,6 @@ When C stops itself (a pager on Ctrl-Z), P stops as well, or the caller's shell 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -28,12 +27,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
-from veneer.environment import living, machine, namespace, serving, syscalls, upper
+from veneer.environment import living, serving, syscalls, upper
 from veneer.environment.channel import Channel, Message, failure
 from veneer.environment.facts import HostFacts, read_facts
-from veneer.environment.init import OUR_FAULT, InitTask, run_init
+from veneer.environment.figures import Figures
+from veneer.environment.init import InitTask
+from veneer.environment.keeper import Means, keep
 from veneer.environment.nix import settings
 from veneer.environment.plan import Step, plan
 from veneer.environment.spec import RunOutcome, RunSpec
@@ -159,51 +160,15 @@ def _start(
             owner=owner,
             steps=steps,
             channel=theirs,
-            parent_alive=-1,
-            cache_fd=cache_fd,
-            report_fd=report_writer,
             caller_mask=caller_mask,
             layer_may_move=spec.name is None,
-            load_server=load,
             users_fd=users_fd,
             described=described,
         )
-        _keep(task, parent)
+        keep(task, Means(cache_fd, report_writer, load), parent)
     theirs.close()
     os.close(report_writer)
     return Keeper(pid, os.pidfd_open(pid), channel, report_fd)
-
-
-def _keep(task: InitTask, parent: int) -> NoReturn:
-    """K: the namespaces, then nothing but waiting for I."""
-    status = OUR_FAULT
-    try:
-        syscalls.set_process_name("veneer-keeper")
-        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-        try:
-            namespace.enter(*task.owner, with_user=task.facts.needs_user_namespace)
-        except OSError as error:
-            raise machine.namespaces_refused(error) from error
-        # After the change of credentials, which clears it.
-        syscalls.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(OUR_FAULT)
-        alive_reader, alive_writer = os.pipe2(os.O_CLOEXEC)
-        init = os.fork()
-        if init == 0:
-            os.close(alive_writer)
-            run_init(replace(task, parent_alive=alive_reader))
-        for fd in (alive_reader, task.cache_fd, task.report_fd):
-            os.close(fd)
-        task.channel.close()
-        os.waitpid(init, 0)
-        status = 0
-    except VeneerError as error:
-        task.channel.send_failure(error)
-    except BaseException as error:  # noqa: BLE001 - the process ends here; the supervisor raises it
-        task.channel.send_failure(VeneerError(f"{type(error).__name__}: {error}", where="keeper"))
-    finally:
-        os._exit(status)
 
 
 @dataclass(slots=True)
@@ -225,7 +190,7 @@ class Supervisor:
     aborted_by: int | None = None
     error: VeneerError | None = None
     server_ended: str = ""
-    report: bytearray = field(default_factory=bytearray)
+    figures: Figures = field(default_factory=Figures)
 
     def wait(self) -> RunOutcome:
         try:
@@ -263,7 +228,7 @@ class Supervisor:
                         self._on_message(message)
                 elif fd == keeper.report_fd:
                     chunk = os.read(fd, _CHUNK)
-                    self.report += chunk
+                    self.figures.feed(chunk)
                     more = bool(chunk)
                 else:
                     more = False  # K has ended
@@ -354,7 +319,9 @@ class Supervisor:
     def _outcome(self) -> RunOutcome:
         if self.aborted_by is not None:
             return RunOutcome(128 + self.aborted_by, {}, self.aborted_by)
-        report = self._parsed_report()
+        report = self.figures.report()
+        if not self.figures.ended:
+            self.server_ended = self.server_ended or "its report is cut off"
         if self.error is not None:
             if "error" in report:
                 self.error.where = self.error.where or report["error"]
@@ -366,14 +333,6 @@ class Supervisor:
         if self.server_ended:
             report["mount_server_ended"] = self.server_ended
         return RunOutcome(self.status, report, self.ended_by)
-
-    def _parsed_report(self) -> dict[str, Any]:
-        try:
-            report = json.loads(self.report or b"{}")
-        except ValueError:
-            self.server_ended = self.server_ended or "its report is cut off"
-            return {}
-        return report if isinstance(report, dict) else {}
 
 
 def _open_cache(root: Path) -> int:

@@ -17,9 +17,10 @@ How Linux behaves here, as far as the code depends on it:
   killed meanwhile stays, and its reader, until the connection is aborted. So such notices are few, and only of paths whose
   parked READs were answered before.
 - Node ids are deterministic (path number and entry number), so FORGET needs no bookkeeping.
+- What a server read and did not answer is handed out again when its successor asks for that (FUSE_NOTIFY_RESEND, Linux 6.9).
 - The mount ends when the last copy of the /dev/fuse descriptor is closed, or by umount; then read(2) says ENODEV.
 
 Layout: ``device`` (the only ctypes) · ``session`` (INIT) · ``dispatch`` (one request in, one reply out) · ``trees`` and
 ``content`` (published files, open) · ``misses`` (parked requests, the daemon's socket) · ``stories`` (exceptions to errno)
-· ``server`` (threads).
+· ``server`` (threads) · ``succession`` (one server after the other).
 """

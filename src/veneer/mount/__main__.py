@@ -5,6 +5,8 @@
     --view-file F    JSON of the view; without it, the daemon's default
     --report-fd N    where the report goes, as one line of JSON, at the end
     --miss-seconds S how long a read waits for the daemon at most
+    --session-fd N   a pipe for the session, as one line of JSON, before the first request is answered
+    --session JSON   what a predecessor wrote there: go on with the mount that it left
     --owner-fd N     a pipe that ends with whoever mounted; then
     --mounted-on DIR is unmounted, for the owner was killed and cannot do it
 
@@ -14,16 +16,19 @@ environment, which still reads files while it handles them.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from veneer.model.errors import UsageError, VeneerError
 
 from . import device
 from .misses import MISS_SECONDS
 from .server import MountServer
+from .session import Session
 
 _OPTIONS = (
     "--fuse-fd",
@@ -32,6 +37,8 @@ _OPTIONS = (
     "--report-fd",
     "--miss-seconds",
     "--owner-fd",
+    "--session-fd",
+    "--session",
     "--mounted-on",
     "--threads",
 )
@@ -47,12 +54,15 @@ def main(arguments: list[str]) -> int:
 
             with open(options["--view-file"], "rb") as file:
                 view = json.load(file)
+        session, agreed = _succession(options)
         server = MountServer(
             int(options["--fuse-fd"]),
             int(options["--cache-fd"]),
             view,
             threads=int(options.get("--threads", "2")),
             miss_seconds=float(options.get("--miss-seconds", MISS_SECONDS)),
+            session=session,
+            agreed=agreed,
         )
     except VeneerError as error:
         sys.stderr.write(f"veneer mount: {error}\n")
@@ -75,6 +85,19 @@ def main(arguments: list[str]) -> int:
             with os.fdopen(int(options["--report-fd"]), "wb") as out:
                 out.write(json.dumps(server.report()).encode() + b"\n")
     return 0
+
+
+def _succession(options: dict[str, str]) -> tuple[Session | None, Callable[[Session], None] | None]:
+    session, agreed = None, None
+    if "--session" in options:
+        import json
+
+        session = Session.from_json(json.loads(options["--session"]))
+    if "--session-fd" in options:
+        from . import succession
+
+        agreed = functools.partial(succession.tell, int(options["--session-fd"]))
+    return session, agreed
 
 
 def _end_with_owner(owner: int, target: str, server: MountServer) -> None:

@@ -88,6 +88,11 @@ class Shared:
         self.host_store = host_store
         """The directory of the store that lies beneath ours in an overlay."""
         self.session: Session | None = None
+        self.agreed: Callable[[Session], None] = _keep_to_oneself
+
+
+def _keep_to_oneself(session: Session) -> None:
+    """For a mount without successors."""
 
 
 class Worker:
@@ -336,6 +341,7 @@ class Worker:
         body, session = negotiate(bytes(request[:length]))
         if session is not None:
             self._shared.session = session
+            self._shared.agreed(session)
         return wire.reply(unique, body)
 
     def _statfs(self, unique: int, node: int, request: bytearray, length: int) -> Reply:

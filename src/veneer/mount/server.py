@@ -40,7 +40,8 @@ class MountServer:
     """Serves one mount. The descriptors stay the caller's; both must stay open while it runs.
 
     ``view``: what HELLO brings, see the daemon. ``session``: what a predecessor agreed with the kernel, when this server
-    takes over a mount that runs already. ``host_store``: descriptor of a store directory that an overlay has beneath this mount;
+    takes over a mount that runs already. ``agreed``: told of a new session before INIT is answered; must not raise.
+    ``since``: when the mount's first server began, in monotonic seconds (default: now). ``host_store``: descriptor of a store directory that an overlay has beneath this mount;
     names in it are absent here. It must be one that answers at once, for it is asked by the threads that answer the kernel.
     ``run`` may be called once.
     """
@@ -55,12 +56,14 @@ class MountServer:
         events: Events = no_events,
         miss_seconds: float = MISS_SECONDS,
         session: Session | None = None,
+        agreed: Callable[[Session], None] | None = None,
+        since: float | None = None,
         host_store: int | None = None,
     ) -> None:
         self._fd = fuse_fd
         self._threads = threads
         self._stories = Stories(events)
-        self._tally = Tally()
+        self._tally = Tally(since)
         self._trees = Trees(cache_dirfd)
         self._contents = Contents(cache_dirfd)
         self._misses = Misses(
@@ -70,6 +73,8 @@ class MountServer:
             cache_dirfd, self._trees, self._contents, self._misses, self._stories, self._tally, host_store
         )
         self._shared.session = session
+        if agreed is not None:
+            self._shared.agreed = agreed
         self._misses.answer = self._answer
         self._misses.quarantined = self._quarantined
         self._misses.renewed = self._renewed
@@ -83,6 +88,9 @@ class MountServer:
     def run(self) -> None:
         """Blocks until unmounted, or until ``stop``. Raises what broke the device, if something did."""
         _allow_many_files()
+        session = self._shared.session
+        if session is not None and session.can_resend:
+            self._write_notice(wire.resend())  # what a predecessor read and did not answer
         jobs = [self._serve] * self._threads + [self._misses.run, self._notify]
         names = [f"fuse-{i}" for i in range(self._threads)] + ["misses", "notices"]
         for name, job in zip(names, jobs, strict=True):

@@ -13,7 +13,7 @@ class PathReport(TypedDict):
     name: str
     """"" for a path known by its number only."""
     first_touch: float | None
-    """Seconds between the server's start and the first LOOKUP of the name."""
+    """Seconds between the start of the mount's first server and the first LOOKUP of the name."""
     reads: int
     bytes_read: int
     waits: int
@@ -24,9 +24,10 @@ class PathReport(TypedDict):
 class Tally:
     """One per mount. ``of_thread`` gives a thread its own dictionary, path number -> [reads, bytes]."""
 
-    def __init__(self) -> None:
+    def __init__(self, since: float | None = None) -> None:
+        """``since``: what first touches count from, in monotonic seconds; now by default."""
         self._lock = threading.Lock()
-        self._start = time.monotonic()
+        self._start = time.monotonic() if since is None else since
         self._threads: list[dict[int, list[int]]] = []
         self._names: dict[int, tuple[str, float]] = {}
         self._waits: dict[int, list[float]] = {}
