@@ -25,6 +25,10 @@ REST_SECONDS = 5.0
 LEARN_SECONDS = 5.0
 
 
+class RestingError(SourceError):
+    """A source was passed over while it rests, and somebody was told before of the failure that it rests after."""
+
+
 class SourceChain:
     """Sources in order. One event loop. ``clock``: seconds that only grow; on it the rests are measured."""
 
@@ -42,6 +46,8 @@ class SourceChain:
         self._learn_seconds = learn_seconds
         self._rests: dict[Source, tuple[float, SourceError]] = {}
         """Until when a source rests, and why."""
+        self._untold: set[Source] = set()
+        """Sources that rest after a failure which nobody has heard of yet."""
         self._learning: dict[Source, asyncio.Task[None]] = {}
         self._learnt: asyncio.Task[None] | None = None
 
@@ -90,6 +96,7 @@ class SourceChain:
             await source.nix_cache_info()
         except SourceError as error:
             self._rest(source, error)
+            self._untold.add(source)
         except FormatError:
             return  # asked for path infos it will say so again, and then somebody hears it
 
@@ -102,9 +109,9 @@ class SourceChain:
         if rest is not None:
             until, error = rest
             if until > self._clock():
-                raise SourceError(
-                    f"resting after a failure: {error.what}", where=error.where, hint=error.hint
-                )
+                kind = SourceError if source in self._untold else RestingError
+                self._untold.discard(source)
+                raise kind(f"resting after a failure: {error.what}", where=error.where, hint=error.hint)
             self._rest(source, error)  # the others wait for the outcome of this one
         try:
             info = await source.path_info(hash_part, meter)

@@ -11,6 +11,7 @@ from veneer.model.hashes import Hash
 from veneer.model.path_info import PathInfo, UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.sources.base import Source
+from veneer.sources.chain import RestingError
 
 from .account import Account, Stories
 from .remembered import RememberedSource
@@ -74,6 +75,8 @@ class Resolver:
                 yield Candidate(source, info)
         finally:
             for failure in failures:
+                if given and isinstance(failure, RestingError):
+                    continue  # else there would be a story for each path of a closure
                 self._stories.add(str(path), failure)
         if given:
             return
@@ -146,11 +149,14 @@ class Resolver:
         if len(done) == len(view.chain.sources):
             return
         answers = view.chain.path_infos(hash_part, account.book_metadata)
+        told = 0
         async for source, info in answers:
+            failures.extend(answers.failures[told:])  # now: many take one answer and leave
+            told = len(answers.failures)
             if source.url not in done:
                 done.add(source.url)
                 yield source, info
-        failures.extend(answers.failures)
+        failures.extend(answers.failures[told:])
         for source in view.chain.sources:
             if source.url not in done and isinstance(source, RememberedSource):
                 known = source.recall(hash_part)
