@@ -33,7 +33,7 @@ from veneer.model.tree import Node
 
 from .account import Account, Stories
 from .pipe import ChunkPipe
-from .resolve import Candidate
+from .resolve import Candidate, doubt
 from .verify import CutError, receive_nar
 
 QUARANTINE_SECONDS = 3600.0
@@ -188,8 +188,10 @@ class Fetcher:
                     return await self._from(download, candidate, account)
                 except (FormatError, HashMismatchError) as error:
                     self._quarantine(row, url, error)
+                    doubt(candidate.source, row.store_path)
                     failures.append(error)
                 except SourceError as error:
+                    doubt(candidate.source, row.store_path)
                     failures.append(error)
                 except VeneerError as error:
                     if download.prefix:  # F4

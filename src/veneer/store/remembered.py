@@ -1,6 +1,7 @@
 """A source whose narinfo answers are kept in the cache's index: each is asked once, ever.
 
-Positive answers stay for ever (a store path's narinfo may gain signatures, but what it describes cannot change).
+Positive answers stay for ever (a store path's narinfo may gain signatures, but what it describes cannot change), unless
+they turn out to be of no use (``doubt``): a byte was flipped on the way, or the NAR lies elsewhere now.
 Negative answers are believed for the view's ``negative_ttl`` seconds. Concurrent questions for one hash part share one
 request. Listings are not kept here: they become tree indexes.
 """
@@ -34,6 +35,8 @@ class RememberedSource:
         self._store_dir = store_dir
         self._parsed: OrderedDict[str, UnverifiedPathInfo] = OrderedDict()
         self._open: dict[str, asyncio.Task[UnverifiedPathInfo | None]] = {}
+        self._doubted: dict[str, float] = {}
+        """Until when doubted answers are believed; hash part -> clock."""
 
     @property
     def url(self) -> str:
@@ -43,8 +46,13 @@ class RememberedSource:
     def priority(self) -> int:
         return self._inner.priority
 
-    def recall(self, hash_part: str) -> UnverifiedPathInfo | float | None:
-        """What is known without asking: the path info, the seconds its absence is still believed, or None (ask)."""
+    def recall(self, hash_part: str, *, doubted: bool = False) -> UnverifiedPathInfo | float | None:
+        """What is known without asking: the path info, the seconds its absence is still believed, or None (ask).
+
+        ``doubted``: also an answer that it is time to ask for again.
+        """
+        if not doubted and (until := self._doubted.get(hash_part)) is not None and not self._holds(until):
+            return None
         info = self._parsed.get(hash_part)
         if info is not None:
             self._parsed.move_to_end(hash_part)
@@ -54,8 +62,14 @@ class RememberedSource:
             return None
         if row.body is not None:
             return self._keep(hash_part, parse_narinfo(row.body, store_dir=self._store_dir))
-        left = row.fetched_at + self._ttl - self._clock()
-        return left if 0 < left <= self._ttl else None  # more: the clock was set back since
+        until = row.fetched_at + self._ttl
+        return until - self._clock() if self._holds(until) else None
+
+    def doubt(self, hash_part: str) -> None:
+        """The path info is not trusted, or there was no NAR where it says: it is believed as long as an absence."""
+        row = self._index.narinfo(self.url, hash_part)
+        if row is not None and row.body is not None:
+            self._doubted[hash_part] = row.fetched_at + self._ttl
 
     async def nix_cache_info(self) -> CacheInfo:
         return await self._inner.nix_cache_info()
@@ -94,7 +108,12 @@ class RememberedSource:
         info = await self._inner.path_info(hash_part, meter)
         body = None if info is None else write_narinfo(info)
         self._index.put_narinfo(self.url, hash_part, body, self._clock())
+        self._doubted.pop(hash_part, None)
+        self._parsed.pop(hash_part, None)
         return None if info is None else self._keep(hash_part, info)
+
+    def _holds(self, until: float) -> bool:
+        return 0 < until - self._clock() <= self._ttl  # more: the clock was set back since
 
     def _keep(self, hash_part: str, info: UnverifiedPathInfo) -> UnverifiedPathInfo:
         self._parsed[hash_part] = info

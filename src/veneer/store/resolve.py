@@ -59,6 +59,7 @@ class Resolver:
             async for source, unverified in self._answers(view, path.hash_part, account, failures):
                 self._compare(seen, source, unverified)
                 if unverified.store_path != path:
+                    doubt(source, path)
                     continue
                 try:
                     info = verify_path_info(
@@ -69,6 +70,7 @@ class Resolver:
                         source_trusted=source.url in view.trusted,
                     )
                 except VeneerError as error:
+                    doubt(source, path)
                     failures.append(error)
                     continue
                 given = True
@@ -159,9 +161,15 @@ class Resolver:
         failures.extend(answers.failures[told:])
         for source in view.chain.sources:
             if source.url not in done and isinstance(source, RememberedSource):
-                known = source.recall(hash_part)
+                known = source.recall(hash_part, doubted=True)  # better than nothing of a source that fails
                 if isinstance(known, UnverifiedPathInfo):
                     yield source, known
+
+
+def doubt(source: Source, path: StorePath) -> None:
+    """What ``source`` said of ``path`` was of no use: it is asked again, though not at once."""
+    if isinstance(source, RememberedSource):
+        source.doubt(path.hash_part)
 
 
 def _believed(view: View, path: StorePath) -> float:
