@@ -103,6 +103,9 @@ class Fetcher:
         self._encode = encode
         self._admit = admit
         self._downloads: dict[int, Download] = {}
+        self._broke: set[tuple[StorePath, str]] = set()
+        """Path and source URL of deferred downloads that failed after readers had bytes: the next one from there is strict, so
+        that another source can take over (F4)."""
         self.moved = 0
         """Encoded bytes that arrived since the start: whether downloads get on."""
         self._slots = asyncio.Semaphore(parallel)
@@ -199,6 +202,7 @@ class Fetcher:
                     raise
                 self._stories.add(str(row.store_path), failures[-1])
                 if download.prefix:  # F4
+                    self._broke.add((row.store_path, url))
                     self._condemn(row, failures[-1])
                     break
         raise _story(row.store_path, failures)
@@ -221,7 +225,8 @@ class Fetcher:
     async def _attempt(self, download: Download, candidate: Candidate, account: Account) -> int:
         row, loop = download.row, asyncio.get_running_loop()
         nars = self._cache.nars
-        deferred = candidate.source.url in download.deferred
+        broke = (row.store_path, candidate.source.url)
+        deferred = candidate.source.url in download.deferred and broke not in self._broke
         make = nars.partial if deferred else nars.incoming
         incoming = make(row.number, row.nar_size)
         download.source = candidate.source.url
@@ -264,6 +269,7 @@ class Fetcher:
             incoming.discard()
             raise
         count.nar += verified.nar_size
+        self._broke.discard(broke)
         try:
             return self._admit(row, verified, tree, encoded)
         finally:
