@@ -127,6 +127,8 @@ class Store:
         ready = await self._fetched(
             view, row, account, lambda download: self.fetcher.part(download, offset, size, view.deferred)
         )
+        if ready is None:
+            return Ready(number, 0, row.nar_size, whole=True)
         if ready.number != number:
             raise HashMismatchError(
                 f"the listing of {row.store_path} was not that of its NAR", hint="open it again"
@@ -150,7 +152,7 @@ class Store:
         if self._is_whole(row):
             self.cache.index.touch([(row.number, self._clock())])
             return row
-        return self._row(await self._fetched(view, row, account, self.fetcher.whole))
+        return await self._with_nar(view, row, account)
 
     async def ahead(self, view: View, path: StorePath, account: Account) -> bool:
         """``whole`` for somebody who asks for many paths and reads none of them now: leaves places for readers.
@@ -233,8 +235,12 @@ class Store:
             hint="open it again",
         )
 
-    async def _download(self, view: View, row: PathRow, account: Account) -> Download:
+    async def _download(self, view: View, row: PathRow, account: Account) -> Download | None:
+        """None: another one ended while the sources were asked, and the NAR is here."""
         await self._known(view, row, account)
+        row = self._row(row.number)
+        if self._is_whole(row):
+            return None
         return self.fetcher.start(
             row,
             self._candidates(view, row.store_path, account),
@@ -245,10 +251,15 @@ class Store:
 
     async def _fetched(
         self, view: View, row: PathRow, account: Account, wait: Callable[[Download], Awaitable[T]]
-    ) -> T:
-        """What ``wait`` gives for the path's download. One that another view's sources failed is begun anew with ours."""
+    ) -> T | None:
+        """What ``wait`` gives for the path's download; None when the NAR is here meanwhile.
+
+        A download that another view's sources failed is begun anew with ours.
+        """
         while True:
             download = await self._download(view, self._row(row.number), account)
+            if download is None:
+                return None
             try:
                 return await wait(download)
             except VeneerError:
@@ -260,7 +271,12 @@ class Store:
         row = self._row_of(info)
         if await self._trees.without_nar(view, row, account):
             return self._row(row.number)
-        return self._row(await self._fetched(view, row, account, self.fetcher.whole))
+        return await self._with_nar(view, row, account)
+
+    async def _with_nar(self, view: View, row: PathRow, account: Account) -> PathRow:
+        """The path's row once its whole NAR is here."""
+        number = await self._fetched(view, row, account, self.fetcher.whole)
+        return self._row(row.number if number is None else number)
 
     def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytearray) -> int:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
