@@ -193,7 +193,8 @@ class ObjectStoreSource:
         scheme = info.url.partition("://")[0] if "://" in info.url else ""
         if scheme and not (scheme in ("http", "https") and self._config.scheme in ("http", "https")):
             raise SourceError(
-                f"the narinfo of {info.store_path} points outside its cache", where=without_secrets(info.url)
+                f"the narinfo of {info.store_path} points outside its cache, to {without_secrets(info.url)}",
+                where=self.url,
             )
         if ".." in unquote(info.url.partition("?")[0]).split("/"):
             raise FormatError(f"not a NAR's URL: {info.url[:200]!r}", where=self.url)

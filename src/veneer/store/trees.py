@@ -129,8 +129,10 @@ class PublishedTrees:
                         continue
                     await self._publish_of_listing(row, data)
                     return True
-                except (SourceError, FormatError) as error:
+                except SourceError as error:
                     self._stories.add(str(row.store_path), error)
+                except FormatError as error:
+                    self._stories.add(str(row.store_path), _of_source(source.url, error))
         return False
 
     async def _publish_of_nar(self, row: PathRow) -> bool:
@@ -185,3 +187,11 @@ class PublishedTrees:
         del self._open[number]
         if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
             self._stories.add(f"tree {number:x}", error)
+
+
+def _of_source(url: str, error: FormatError) -> FormatError:
+    """The same, with the source that it concerns."""
+    if url in error.where:
+        return error
+    what = f"{error.where}: {error.what}" if error.where else error.what
+    return FormatError(what, where=url, hint=error.hint)

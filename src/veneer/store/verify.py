@@ -118,11 +118,11 @@ def receive_nar(
     transfer that is bad. Reads at most one piece beyond the signed size, whatever the stream holds.
     """
     expected = info.info
-    decoder = open_decoder(expected.compression, encoded)
     hasher = expected.nar_hash.hasher()
     parser, tree = NarParser(), TreeBuilder()
     size = 0
     try:
+        decoder = open_decoder(expected.compression, encoded)
         while piece := decoder.read(PIECE):
             size += len(piece)
             if size > expected.nar_size:
