@@ -318,11 +318,11 @@ class Index:
             )
 
     def quarantined(self, store_path: StorePath, nar_hash: Hash, source_url: str, now: float) -> str | None:
-        """Why this source is barred from serving this path and hash; None: it is not."""
+        """Why this source is barred from serving this path and hash; None: it is not, or the clock was set back since."""
         found = self._one(
             "SELECT reason FROM quarantines"
-            " WHERE hash_part = ? AND name = ? AND nar_hash = ? AND source = ? AND until > ?",
-            (*_key(store_path, nar_hash), source_url, now),
+            " WHERE hash_part = ? AND name = ? AND nar_hash = ? AND source = ? AND since <= ? AND until > ?",
+            (*_key(store_path, nar_hash), source_url, now, now),
         )
         return None if found is None else str(found[0])
 
