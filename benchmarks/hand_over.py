@@ -2,7 +2,7 @@
 
 ::
 
-    ./dev bench hand_over [--servers N] [--daemons N]
+    ./dev bench hand_over [--servers N] [--daemons N] [--place environment|mount]
 
 Four cold readers, ``tar``, ``grep -r`` and a program that is executed, all in loops and in an environment (through the
 overlay), then on a ``veneer mount``. What they read is compared; "longest" is the slowest single file, archive, search or
@@ -35,6 +35,7 @@ from tests.support.storm import (
     server_of_run,
 )
 
+PLACES = ("environment", "mount")
 _DAEMON_PAUSE = (12.5, 13.5)
 _SERVER_PAUSE = (0.3, 0.9)
 
@@ -46,11 +47,12 @@ def main() -> None:
     options.add_argument("--servers", type=int, default=20, help="mount servers to kill [20]")
     options.add_argument("--daemons", type=int, default=20, help="daemons to kill [20]")
     options.add_argument("--paths", type=int, default=24, help="store paths to read [24]")
+    options.add_argument("--place", choices=PLACES, action="append", help="where they read [both]")
     given = options.parse_args()
     print("| readers | servers killed | daemons killed | seconds | reads | errors | wrong | longest |")
     print("|---|---|---|---|---|---|---|---|")
     bad = 0
-    for place in ("environment", "mount"):
+    for place in given.place or PLACES:
         with contextlib.ExitStack() as stack:
             home = scratch(stack)
             caller = Caller.root(home)

@@ -71,7 +71,6 @@ def mount(output: Output, flags: Flags, directory: str) -> int:
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             with _means(fuse, target, settings.cache_dir, settings.view()) as means:
-                output.note(f"mounted on {target}; Ctrl-C unmounts")
                 status = _serve(means, daemon, output)
         except KeyboardInterrupt:
             pass  # that is how it ends
@@ -112,6 +111,8 @@ def _serve(means: _Means, daemon: WatchedDaemon, output: Output) -> int:
 
     while True:
         with _server(means) as server:
+            if means.succession.session is None:  # the first
+                output.note(f"mounted on {means.target}; Ctrl-C unmounts")
             status = _wait(server, daemon)
         if not is_connected(means.fuse):
             return 0
