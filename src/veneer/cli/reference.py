@@ -33,7 +33,8 @@ def pages() -> dict[str, str]:
 
 
 def cli_page() -> str:
-    context = click.Context(group, info_name="veneer")
+    # With its settings: click keeps the names of the help option from the first context that it sees.
+    context = click.Context(group, info_name="veneer", **group.context_settings)
     parts = [_GENERATED, "# Command line\n", _table(("command", "purpose"), _command_rows())]
     for name in COMMANDS:
         command = group.get_command(context, name)

@@ -63,7 +63,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
 
 
 def flags(name: str) -> set[str]:
-    context = click.Context(group, info_name="veneer")
+    context = click.Context(group, info_name="veneer", **group.context_settings)
     command = group.get_command(context, name)
     assert command is not None
     below = command.commands.values() if isinstance(command, click.Group) else ()
