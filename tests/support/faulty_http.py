@@ -91,7 +91,59 @@ class Body:
     body: bytes
 
 
-Fault = Status | Reset | Truncated | Stall | WrongLength | Flipped | RangeIgnored | WrongRange | Body
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """These bytes instead of an answer, then silence until ``heal``; ``hang_up``: then the end of the connection."""
+
+    data: bytes
+    hang_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drip:
+    """A byte every 20 ms until ``heal``, then the rest. ``headers``: of the headers, otherwise of the body."""
+
+    headers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Endless:
+    """200 and a body that goes on until the client leaves. ``declared``: its Content-Length; None: chunked."""
+
+    declared: int | None = None
+    piece: bytes = b"x" * 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Unsized:
+    """The body without any length, ended by the connection's end. ``after``: cut there; None: whole."""
+
+    after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The body as it is, called ``name`` by Content-Encoding."""
+
+    name: str
+
+
+Fault = (
+    Status
+    | Reset
+    | Truncated
+    | Stall
+    | WrongLength
+    | Flipped
+    | RangeIgnored
+    | WrongRange
+    | Body
+    | Raw
+    | Drip
+    | Endless
+    | Unsized
+    | Encoded
+)
 
 
 @dataclass(slots=True)
@@ -240,15 +292,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if isinstance(fault, Stall) and fault.after < 0:
             healed.wait()
+        if isinstance(fault, Raw | Endless | Drip | Unsized):
+            self.close_connection = True
+        if isinstance(fault, Raw):
+            self.wfile.write(fault.data)
+            if not fault.hang_up:
+                healed.wait()
+            return
+        if isinstance(fault, Endless):
+            self._never_end(fault)
+            return
         status, headers, body = self._plain_answer(path, asked, fault)
         if isinstance(fault, Flipped) and body:
             at = fault.at % len(body)
             body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
         length = len(body) + (fault.by if isinstance(fault, WrongLength) else 0)
+        if fault == Drip(headers=True):
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 10_000, healed)
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(length))
+        if isinstance(fault, Encoded):
+            self.send_header("Content-Encoding", fault.name)
+        if not isinstance(fault, Unsized):
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         if with_body:
             self._send(body, fault, healed)
@@ -292,8 +360,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case WrongLength():
                 self.wfile.write(body)
                 self.close_connection = True
+            case Drip():
+                self._drip(body, healed)
+            case Unsized(after):
+                self.wfile.write(body[:after])
             case _:
                 self.wfile.write(body)
+
+    def _drip(self, data: bytes, healed: threading.Event) -> None:
+        for at in range(len(data)):
+            if healed.wait(0.02):
+                self.wfile.write(data[at:])
+                return
+            self.wfile.write(data[at : at + 1])
+
+    def _never_end(self, fault: Endless) -> None:
+        piece = fault.piece
+        if fault.declared is None:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            piece = b"%x\r\n%s\r\n" % (len(piece), piece)
+        else:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % fault.declared)
+        while True:  # until the connection is closed at the other end, or by ``end_connections``
+            self.wfile.write(piece)
 
     def _reset(self) -> None:
         self.close_connection = True
