@@ -184,8 +184,6 @@ class _Connection(asyncio.BufferedProtocol):
         self._greeted = False
         self._ending = False
         self._may_write = True
-        self._alone: bytes | None = None
-        """What arrived last, when it is one whole request."""
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -224,7 +222,6 @@ class _Connection(asyncio.BufferedProtocol):
             self._transport.write(reply)
             return
         self._events += self.decoder.feed(data)
-        self._alone = data if alone and len(self._events) == 1 and self.decoder.between_requests else None
         if self.decoder.held > MAX_HELD // CONNECTIONS and self._socket.held > MAX_HELD:
             self._end("the daemon holds too many unfinished requests; try again")
             return
@@ -284,10 +281,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._fail(error)
             return
         if values is not None:
-            reply = wire.reply(values)
-            self._transport.write(reply)
-            if self._alone is not None and self._version >= wire.SUBSTITUTE_SINCE:
-                self._answers.keep(self._alone, request, reply)
+            self._transport.write(wire.reply(values))
         else:
             self._task = asyncio.create_task(self._answer_later(request))
 

@@ -22,7 +22,8 @@ from veneer.model.store_path import StorePath, is_hash_part
 from veneer.store.account import Account
 from veneer.store.store import Store
 
-from .worker_paths import KnownPaths, Reply
+from .worker_paths import KnownPaths
+from .worker_replies import described
 
 _DONE: tuple[Value, ...] = (1,)
 _AT_ONCE = 64
@@ -38,6 +39,7 @@ class Answers:
         self._store = store
         self._known = known
         self._view = known.view
+        self._prefix = known.view.store_dir.rstrip("/") + "/"
         self._account = account
         self._seconds = seconds
         self._later: dict[int, Callable[..., Awaitable[Sequence[Value]]]] = {
@@ -60,18 +62,6 @@ class Answers:
         self._account.know(kept.path, kept.nar_size)
         return kept.reply
 
-    def keep(self, encoded: bytes, request: Request, reply: bytes) -> None:
-        """Let ``repeated`` give this reply, where it can never become another one: the path is there, and what it is stays."""
-        if request.operation is wire.QUERY_VALID_PATHS and len(cast(list[str], request.values[0])) == 1:
-            text = cast(list[str], request.values[0])[0]
-        elif request.operation is wire.QUERY_PATH_INFO or request.operation is wire.IS_VALID_PATH:
-            text = cast(str, request.values[0])
-        else:
-            return
-        info = self._known.known(self._path(text))
-        if info is not None:
-            self._known.replies.keep(encoded, Reply(reply, info.store_path, info.info.nar_size))
-
     def at_once(self, request: Request) -> Sequence[Value] | None:
         """The reply when it is known; None: ``later`` has to be awaited. FormatError: a bad argument."""
         operation = request.operation
@@ -79,6 +69,7 @@ class Answers:
             info = self._known.known(self._path(cast(str, request.values[0])))
             if info is None:
                 return None
+            self._known.replies.keep(info)
             return self._described(info) if operation is wire.QUERY_PATH_INFO else _DONE
         if operation is wire.QUERY_VALID_PATHS:
             texts = cast(list[str], request.values[0])
@@ -182,12 +173,8 @@ class Answers:
         return info
 
     def _described(self, known: PathInfo) -> Sequence[Value]:
-        info = known.info
-        deriver = self._absolute(StorePath.parse(info.deriver)) if info.deriver else ""
-        references = [self._absolute(reference) for reference in info.references]
-        self._account.know(known.store_path, info.nar_size)
-        fields = (deriver, info.nar_hash.digest.hex(), references, 0, info.nar_size, 0)
-        return 1, *fields, list(info.signatures), info.ca
+        self._account.know(known.store_path, known.info.nar_size)
+        return described(known, self._prefix)
 
     def _path(self, text: str) -> StorePath:
         return StorePath.parse_absolute(text, self._view.store_dir)

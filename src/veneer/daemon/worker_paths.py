@@ -6,15 +6,13 @@ that is under way instead of asking again. A path that no source has, or that no
 only: the rest of the closure goes on.
 
 Invariants: W1: only path infos that the view's policy accepted are kept. W2: at most one resolution per path is under way.
-W3: "there is none" and failures are not kept here; how long they hold is the sources' affair. W4: an encoded reply is kept only
-when it was made from a path info of W1 and says nothing else, so it can neither grow old nor be another view's.
+W3: "there is none" and failures are not kept here; how long they hold is the sources' affair.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 from veneer.model.errors import SourceError
@@ -24,50 +22,18 @@ from veneer.store.account import Account
 from veneer.store.resolve import AbsentError, Resolver
 from veneer.store.views import View
 
+from .worker_replies import Replies
+
 KEPT = 32_768
 """Path infos in memory, about 2 KiB each; the least used half is forgotten when there are more."""
 AHEAD = 65_536
 """Paths that one question may have resolved ahead: what keeps a walk of an endless cache finite."""
-LOCAL_AHEAD = 2
-"""Resolutions started per turn of the event loop: those that need no network must not hold up the questions."""
-
-
-REPLIES_KEPT = 16 << 20
-"""Bytes of encoded requests and replies in memory; beyond it they begin anew."""
-
-
-_REPLY_OVERHEAD = 300
-"""Of objects, about."""
+LOCAL_AHEAD = 4
+"""Paths looked at ahead per turn of the event loop: those that need no network must not hold up the questions."""
 
 
 class NoAnswerError(SourceError):
     """No source has answered in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The encoded ``reply`` to a question about ``path``."""
-
-    reply: bytes
-    path: StorePath
-    nar_size: int
-
-
-class Replies:
-    """Encoded replies by encoded request (W4): most of Nix's questions are asked again with each new database."""
-
-    def __init__(self, limit: int = REPLIES_KEPT) -> None:
-        self._limit = limit
-        self._size = 0
-        self._kept: dict[bytes, Reply] = {}
-        self.get = self._kept.get
-
-    def keep(self, request: bytes, reply: Reply) -> None:
-        if self._size > self._limit:
-            self._kept.clear()
-            self._size = 0
-        self._kept[request] = reply
-        self._size += len(request) + len(reply.reply) + _REPLY_OVERHEAD
 
 
 class KnownPaths:
@@ -87,7 +53,7 @@ class KnownPaths:
         kept: int = KEPT,
     ) -> None:
         self.view = view
-        self.replies = Replies()
+        self.replies = Replies(view.store_dir)
         self._resolver = resolver
         self._trusted = trusted
         self._parallel = parallel
@@ -194,7 +160,13 @@ class KnownPaths:
                 return
             self._ahead -= 1
             path = next(iter(self._waiting))
-            self._start(path, self._waiting.pop(path))
+            account = self._waiting.pop(path)
+            info = self._resolver.remembered(self.view, path)
+            if info is None:
+                self._start(path, account)
+            else:
+                self._found(path, info)
+                self._queue(info.info.references, account)
         self._pump()
 
     def _start(self, path: StorePath, account: Account) -> asyncio.Task[PathInfo]:
@@ -203,12 +175,17 @@ class KnownPaths:
         task.add_done_callback(_retrieved)
         return task
 
+    def _found(self, path: StorePath, info: PathInfo) -> None:
+        self._keep(path, info)  # W1
+        self._referrers = None
+        if not self.replies.full:  # else those that are asked again are worth more
+            self.replies.keep(info)
+        self._trusted(path)
+
     async def _resolve(self, path: StorePath, account: Account) -> PathInfo:
         try:
             info = await self._resolver.path_info(self.view, path, account)
-            self._keep(path, info)  # W1
-            self._referrers = None
-            self._trusted(path)
+            self._found(path, info)
         finally:
             del self._asking[path]
             self._pump()

@@ -43,6 +43,7 @@ UNKNOWN_DERIVER = "unknown-deriver"
 
 _WHERE = "narinfo"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL_IN_LINES = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _SIZE = re.compile(r"[0-9]{1,19}")
 _SINGLE = frozenset(
     (
@@ -133,6 +134,12 @@ def _fields(data: bytes) -> tuple[dict[str, str], list[str], list[tuple[str, str
         raise FormatError("not UTF-8", where=_WHERE) from error
     if not text.endswith("\n"):
         raise FormatError("last line not ended: empty or cut short", where=_WHERE)
+    control = _CONTROL_IN_LINES.search(text)
+    if control is not None:
+        before, line = text[: control.start()], text[: control.end()].rpartition("\n")[2]
+        raise FormatError(
+            f"control character: {line[-100:]!r}", where=f"{_WHERE} line {before.count(chr(10)) + 1}"
+        )
     fields: dict[str, str] = {}
     signatures: list[str] = []
     extra: list[tuple[str, str]] = []
@@ -140,8 +147,6 @@ def _fields(data: bytes) -> tuple[dict[str, str], list[str], list[tuple[str, str
         key, colon, value = line.partition(":")
         if not colon or not key:
             raise FormatError(f"no key: {line[:100]!r}", where=f"{_WHERE} line {number}")
-        if _CONTROL.search(line):
-            raise FormatError(f"control character: {line[:100]!r}", where=f"{_WHERE} line {number}")
         value = value.removeprefix(" ")
         if key == "Sig":
             signatures.append(value)

@@ -62,13 +62,7 @@ class Resolver:
                     doubt(source, path)
                     continue
                 try:
-                    info = verify_path_info(
-                        view.policy,
-                        unverified,
-                        self._memory,
-                        source_url=source.url,
-                        source_trusted=source.url in view.trusted,
-                    )
+                    info = self._verified(view, source, unverified)
                 except VeneerError as error:
                     doubt(source, path)
                     failures.append(error)
@@ -97,6 +91,23 @@ class Resolver:
         """The best candidate's path info."""
         return (await self.best(view, path, account)).info
 
+    def remembered(self, view: View, path: StorePath) -> PathInfo | None:
+        """What ``path_info`` would give, where that can be told without asking anybody; None where it cannot.
+
+        One source after the other: an earlier one that has to be asked, has another name or is not trusted may have
+        something to tell, and the long way tells it.
+        """
+        try:
+            for source in view.chain.sources:
+                known = source.recall(path.hash_part) if isinstance(source, RememberedSource) else None
+                if isinstance(known, UnverifiedPathInfo) and known.store_path == path:
+                    return self._verified(view, source, known)
+                if known is None or isinstance(known, UnverifiedPathInfo):
+                    return None
+        except VeneerError:
+            return None
+        return None
+
     async def by_hash_part(self, view: View, hash_part: str, account: Account) -> PathInfo | None:
         """Path info of the first name with this hash part that the view trusts; None when every source has none.
 
@@ -115,6 +126,15 @@ class Resolver:
         if failures:
             raise _worst(failures)
         return None
+
+    def _verified(self, view: View, source: Source, unverified: UnverifiedPathInfo) -> PathInfo:
+        return verify_path_info(
+            view.policy,
+            unverified,
+            self._memory,
+            source_url=source.url,
+            source_trusted=source.url in view.trusted,
+        )
 
     def _compare(
         self,

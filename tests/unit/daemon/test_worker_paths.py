@@ -11,6 +11,7 @@ from tests.support.caches import Clock, open_cache
 from veneer.daemon import worker_paths
 from veneer.daemon.compose import build_view
 from veneer.daemon.worker_paths import KnownPaths, NoAnswerError
+from veneer.formats import worker_wire as wire
 from veneer.model.errors import SourceError
 from veneer.model.hashes import Hash
 from veneer.model.path_info import PathInfo, UnverifiedPathInfo
@@ -113,6 +114,38 @@ def test_the_first_question_resolves_the_closure_and_each_path_is_asked_once(
             assert known.known(path(name))
             assert await ask(known, name)
         assert sorted(graph.asked) == list("abcde")
+
+    run(graph, body)
+
+
+class Remembering(Graph):
+    """Everything but ``unknown`` can be told without asking."""
+
+    unknown = frozenset("c")
+
+    def remembered(self, view: View, path: StorePath) -> PathInfo | None:
+        if path.name in self.unknown:
+            return None
+        references = tuple(StorePath("0" * 32, name) for name in self.references[path.name])
+        return PathInfo(
+            UnverifiedPathInfo(path, "nar/x", "none", Hash("sha256", bytes(32)), 1, references), ()
+        )
+
+
+def test_what_is_remembered_is_looked_up_ahead_and_only_the_rest_is_asked(run: Callable[..., None]) -> None:
+    graph = Remembering("a: b c;b: d;c: d e;d: f;e:;f:")
+
+    async def body(known: KnownPaths) -> None:
+        known.ask_ahead([path("a")], ACCOUNT)
+        await until(lambda: len(known) == 6)
+        assert graph.asked == ["c"]
+        for name in "abcdef":
+            text = path(name).absolute()
+            for operation in (wire.IS_VALID_PATH, wire.QUERY_PATH_INFO):
+                reply = known.replies.get(wire.encode((operation.number, text)))
+                assert reply is not None
+                assert reply.path == path(name)
+            assert known.replies.get(wire.encode((wire.QUERY_VALID_PATHS.number, [text], 0)))
 
     run(graph, body)
 

@@ -8,9 +8,11 @@ import pytest
 
 from tests.support.worker_client import RefusedError, WorkerClient, encode_request
 from tests.unit.daemon.test_worker_sockets import FOREIGN, NOWHERE, PATHS, Daemon, aside, run
-from veneer.daemon.worker_paths import Replies, Reply
+from veneer.daemon.worker_replies import Replies
 from veneer.formats import worker_wire as wire
-from veneer.model.store_path import StorePath
+from veneer.model.hashes import Hash
+from veneer.model.path_info import PathInfo, UnverifiedPathInfo
+from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
 
 QUESTIONS = [
     (operation, values)
@@ -98,12 +100,27 @@ def test_absence_is_asked_again_each_time(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def info(number: int) -> PathInfo:
+    path = StorePath("0" * 32, f"path-{number}")
+    return PathInfo(UnverifiedPathInfo(path, "nar/x", "none", Hash("sha256", bytes(32)), 1000), ())
+
+
+def question(number: int) -> bytes:
+    return encode_request(wire.IS_VALID_PATH, (info(number).store_path.absolute(),), wire.VERSION)
+
+
 def test_replies_in_memory_are_bounded() -> None:
-    replies = Replies(limit=10_000)
-    path = StorePath("0" * 32, "path")
+    replies = Replies(DEFAULT_STORE_DIR, limit=10_000)
     kept = 0
-    for number in range(1000):
-        replies.keep(b"%d" % number, Reply(bytes(100), path, 1))
-        kept = max(kept, sum(replies.get(b"%d" % n) is not None for n in range(max(0, number - 100), number)))
-    assert replies.get(b"999") is not None
-    assert kept < 40
+    for number in range(300):
+        replies.keep(info(number))
+        kept = max(kept, sum(replies.get(question(n)) is not None for n in range(number)))
+    assert replies.get(question(299)) is not None
+    assert kept < 20
+
+
+def test_keeping_replies_twice_takes_no_more_memory() -> None:
+    replies = Replies(DEFAULT_STORE_DIR, limit=10_000)
+    for _ in range(300):
+        replies.keep(info(1))
+    assert not replies.full
