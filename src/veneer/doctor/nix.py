@@ -48,7 +48,8 @@ def judged_version(found: NixVersion | None, *, needed: bool) -> Result:
     if found is not None and found.has_local_overlay:
         return Result("ok", f"{found} has overlay stores")
     shown = f"{found} has no overlay stores" if found else "this Nix does not say its version"
-    return Result("failed" if needed else "warning", shown, "use Nix 2.22 or newer")
+    fix = "use Nix 2.22 or newer" + ("" if needed else ", or name paths: veneer run --closure PATH")
+    return Result("failed" if needed else "warning", shown, fix)
 
 
 def configuration(subject: Subject) -> Iterator[Result]:

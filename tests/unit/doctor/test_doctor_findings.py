@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -19,6 +20,7 @@ from veneer.doctor.checks import CHECKS, examine, worst
 from veneer.doctor.finding import Check, Result, Subject
 from veneer.environment.nix.version import NixVersion
 from veneer.formats.cache_info import CacheInfo
+from veneer.formats.mountinfo import parse_mountinfo
 from veneer.formats.overlay_store import OverlayStore
 from veneer.model.errors import DaemonError, SourceError
 from veneer.model.store_path import StorePath
@@ -248,3 +250,18 @@ def test_different_contents_of_one_path_are_told_with_the_winner() -> None:
     path = StorePath.parse(f"{'0' * 32}-x")
     assert sources.agreement(path, {URL: None}).state == "warning"
     assert "failed" in sources.agreement(path, {URL: SourceError("down")}).what
+
+
+@pytest.mark.parametrize(("number", "state"), [(errno.EACCES, "ok"), (errno.ENOTCONN, "failed")])
+def test_another_users_mount_is_not_taken_for_a_dead_one(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, number: int, state: str
+) -> None:
+    """The kernel refuses a mount of FUSE to all but its owner, whether it is served or not."""
+
+    def refuse(place: str) -> None:
+        raise OSError(number, os.strerror(number), place)
+
+    line = b"36 35 0:99 / /m rw - fuse.veneer veneer rw,user_id=0,group_id=0\n"
+    monkeypatch.setattr(machine, "parse_mountinfo", lambda _: parse_mountinfo(line))
+    monkeypatch.setattr(os, "statvfs", refuse)
+    assert [found.state for found in machine.stale_mounts(subject)] == [state]
