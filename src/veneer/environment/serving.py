@@ -28,7 +28,8 @@ from veneer.mount.session import Session
 Report = dict[str, Any]
 
 ABSENCE = signal.SIGUSR1
-"""To init: a store path was answered as absent, which the overlay above will not ask again by itself."""
+"""To init: a store path was answered as absent, or has become another one, which the overlay above will not ask again by
+itself."""
 WORD_SECONDS = 1.0
 WORD_SHARE = 100
 """Pause between two words about what was read: at least the seconds, and this many times what a word costs."""
@@ -75,7 +76,7 @@ def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
 
         def serve(duty: Duty) -> Report:
             def tell_init(event: str, _fields: dict[str, object]) -> None:
-                if event == "absent":
+                if event in ("absent", "condemned"):
                     os.kill(_INIT, ABSENCE)
 
             server = MountServer(

@@ -376,6 +376,7 @@ class Misses:
         for parked in self._take(lambda p: p.key[1] == number):
             self._fail(parked, errno.EIO, f"{name} was quarantined: its content is not what was signed")
         self.quarantined(number, name.encode("ascii", "replace"), index)
+        self._stories.event("condemned", path=name)
 
     def _expire(self) -> None:
         if not self._parked:
