@@ -10,10 +10,12 @@ connects to the winner.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from pathlib import Path
 from veneer.cli.client import ANSWER_SECONDS, LOG_NAME, Client, connect
 from veneer.cli.config import Settings
 from veneer.cli.output import Output
-from veneer.daemon.listening import DEFAULT_NAME, DIRECTORY, listen
+from veneer.daemon.listening import DEFAULT_NAME, DIRECTORY, connected, listen
 from veneer.model.errors import CacheError, DaemonError, MachineError, VeneerError
 
 START_SECONDS = 20.0
@@ -31,6 +33,7 @@ RESTART_SECONDS = 60.0
 _ATTEMPTS = 3
 _LOG_LIMIT = 1 << 20
 _TAIL = 4096
+_RELAYED = 1 << 16
 _PREFIX = "veneer daemon: "
 
 
@@ -104,6 +107,7 @@ class WatchedDaemon:
             self._private = None
             if self._nix and not self._settings.borrowed:
                 client.control("nix-socket", {"name": self._session}, seconds=ANSWER_SECONDS)
+                self._hand_over()
             return client
         if self._nix and self._listening is None:
             self.nix_socket.parent.mkdir(mode=0o700, exist_ok=True)
@@ -112,6 +116,20 @@ class WatchedDaemon:
         if self._nix:
             self._private.client.tell("nix-socket", {"name": self._session})
         return self._private.client
+
+    def _hand_over(self) -> None:
+        """Whoever connected to our own socket, for a private daemon that gave way, is led to the daemon that has one now.
+
+        Nobody else comes: its socket is in the place of ours. Without this they would wait for ever.
+        """
+        if self._listening is None:
+            return
+        with self._listening as listening:
+            self._listening = None
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting, _ = listening.accept()
+                    threading.Thread(target=_relay, args=(waiting, self.nix_socket), daemon=True).start()
 
     def _succeed(self) -> bool:
         """Whether there is a successor."""
@@ -138,6 +156,24 @@ class WatchedDaemon:
             self._output.error(error)
             return False
         return True
+
+
+def _relay(client: socket.socket, path: Path) -> None:
+    """Bytes both ways between ``client`` and the socket at ``path`` until both have ended."""
+    with client, contextlib.suppress(OSError), connected(path) as server:
+        client.setblocking(True)
+        there = threading.Thread(target=_pump, args=(client, server), daemon=True)
+        there.start()
+        _pump(server, client)
+        there.join()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(_RELAYED):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
 
 
 def start(settings: Settings, session: str = "", nix_socket: socket.socket | None = None) -> PrivateDaemon:

@@ -23,6 +23,17 @@ def answers(path: Path) -> bool:
         return True
 
 
+def connected(path: Path) -> socket.socket:
+    """A connection to who listens on the socket. OSError: nobody does."""
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        _connect(made, path)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
 def _connect(sock: socket.socket, path: Path) -> None:
     """Connect through the directory's descriptor: a socket's path may not exceed 107 bytes."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
