@@ -156,3 +156,18 @@ def test_profiles_of_the_host_are_left_alone(host: Host) -> None:
     before, installed, *listed, after, first = done.stdout.splitlines()
     assert (before, installed, first) == (after, "inner-1", "first-1"), done.stdout
     assert "inner-1" in " ".join(listed)
+
+
+def test_collecting_garbage_inside_leaves_the_hosts_paths_alone(host: Host) -> None:
+    path = host.sample.paths["many"]
+    file = host.caller.home / "new.nix"
+    file.write_text(
+        'derivation { name = "new"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";'
+        f' args = [ "-euc" "cat ${{builtins.storePath "{path}"}}/1/1.txt > $out" ]; }}'
+    )
+    built = f"built=$(nix-build --no-out-link {file})"
+    held = f"until test -s /.veneer/state/nix/temproots/1; do :; done; {built}; nix-store --gc"
+    done = host.run(f"{held} >&2; test ! -e $built; nix-store --check-validity {path}; cat {path}/1/1.txt")
+    assert (done.returncode, done.stdout) == (0, "1 1\n"), done.stderr
+    assert "2 store paths deleted" in done.stderr
+    assert "BUG" not in done.stderr

@@ -91,6 +91,8 @@ def run_init(task: InitTask) -> NoReturn:
         threading.Thread(target=_renew_absences, args=(task,), name="absences", daemon=True).start()
         if task.spec.nix is not None:
             threading.Thread(target=_remount_on_request, args=(task,), name="remounts", daemon=True).start()
+            if task.facts.store is not None:
+                threading.Thread(target=_hold_host_paths, args=(task,), name="roots", daemon=True).start()
         if command < 0:
             _reap()
         ended = describe_status(_wait_for_command(task.channel, command))
@@ -290,6 +292,14 @@ def _remount_on_request(task: InitTask) -> None:
             task.channel.send("warning", text=f"the overlay cannot be remounted ({error.strerror})")
         with open(p.REMOUNT_DONE, "wb"):
             pass
+
+
+def _hold_host_paths(task: InitTask) -> None:
+    try:
+        inside.hold_host_paths(Path(p.HOST_STORE))  # the descriptor stays open as long as we live
+    except OSError as error:
+        text = f"nix-store --gc inside will complain about the host's paths ({error.strerror})"
+        task.channel.send("warning", text=text)
 
 
 def _remount(store_dir: str) -> None:

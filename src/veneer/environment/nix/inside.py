@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import signal
@@ -16,6 +17,7 @@ from veneer.environment import syscalls
 from veneer.environment.nix.settings import LOGS, STATE, STATE_HOME
 from veneer.environment.spec import NixSpec
 from veneer.model.errors import MachineError, printable
+from veneer.model.store_path import DEFAULT_STORE_DIR, HASH_PART_LENGTH, is_hash_part
 
 PROGRAM = "nix-daemon"
 SOCKET = f"{STATE}/daemon-socket/socket"
@@ -89,6 +91,24 @@ def _home() -> str:
         return pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
         return ""
+
+
+def hold_host_paths(store: Path) -> int:
+    """Have the environment's garbage collector leave the host's own paths alone; a descriptor that must stay open.
+
+    They are below, and unlike those of caches they are listed, so the collector takes them for garbage of its own. Nix
+    keeps what a file in ``temproots`` names, as long as somebody holds a shared lock on it. OSError.
+    """
+    place = Path(STATE) / "temproots"
+    place.mkdir(parents=True, exist_ok=True)
+    file = os.open(place / str(os.getpid()), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    os.ftruncate(file, 0)
+    with os.scandir(store) as entries, open(file, "wb", closefd=False) as out:
+        for entry in entries:
+            if is_hash_part(entry.name[:HASH_PART_LENGTH]):
+                out.write(os.fsencode(f"{DEFAULT_STORE_DIR}/{entry.name}") + b"\0")
+    return file
 
 
 def _become_daemon(listening: socket.socket, environ: Mapping[str, str]) -> NoReturn:
