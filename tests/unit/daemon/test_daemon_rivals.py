@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,8 +16,11 @@ import pytest
 from tests.support.callers import eventually
 from veneer.cache import directory
 from veneer.cache.cache import Cache
+from veneer.cli.config import Settings, SourceSetting
+from veneer.cli.output import Output
+from veneer.cli.private_daemon import WatchedDaemon
 from veneer.daemon import run
-from veneer.daemon.listening import answers
+from veneer.daemon.listening import answers, connected
 from veneer.daemon.run import DaemonSettings, run_daemon
 from veneer.model.errors import CacheInUseError
 
@@ -137,3 +141,37 @@ def test_waiting_for_a_free_cache_has_a_limit_and_leaves_it_free(tmp_path: Path)
         end(busy)
     with Cache.open(cache, clock=time.time):
         pass
+
+
+def test_nix_is_answered_though_the_daemon_that_it_waits_for_gave_way(tmp_path: Path) -> None:
+    """Two commands start at once, and Nix asks each before it is decided whose daemon serves."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    settings = Settings(
+        cache, tmp_path / "environments", (SourceSetting(f"file://{tmp_path}", "strict"),), ()
+    )
+    watched = [WatchedDaemon(settings, f"session{number}", Output(), nix=True) for number in range(2)]
+    clients = []
+    try:
+        clients = [connected(daemon.nix_socket) for daemon in watched]
+        for client in clients:
+            client.sendall((0x6E697863).to_bytes(8, "little") + (0x126).to_bytes(8, "little"))
+        unanswered = {client.fileno(): client for client in clients}
+        by_descriptor = {daemon.fileno(): daemon for daemon in watched}
+        until = time.monotonic() + 30
+        while unanswered and time.monotonic() < until:
+            ready, _, _ = select.select([*by_descriptor, *unanswered], [], [], 30)
+            for number in set(ready) & set(unanswered):
+                assert unanswered.pop(number).recv(8) == (0x6478696F).to_bytes(8, "little")
+            for number in set(ready) & set(by_descriptor):
+                assert by_descriptor[number].readable()
+            by_descriptor = {daemon.fileno(): daemon for daemon in watched}
+        assert not unanswered
+    finally:
+        for client in clients:
+            client.close()
+        for daemon in watched:
+            daemon.close()
+        for daemon in watched:  # each may be a client of the other's
+            if daemon._private is not None:
+                daemon._private.process.wait(20)
