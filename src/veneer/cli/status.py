@@ -43,7 +43,7 @@ def status(output: Output, flags: Flags) -> None:
 
 
 def render(document: dict[str, object]) -> str:
-    """The status for people: one block per part, in the daemon's order; unknown parts are shown as they are."""
+    """The status for people: one block per part, in the daemon's order; unknown parts are shown as they are, and columns of empty lists are not."""
     blocks = []
     for name, value in document.items():
         if isinstance(value, list):
@@ -57,7 +57,7 @@ def render(document: dict[str, object]) -> str:
 
 
 def _rows(rows: list[dict[str, object]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value != []))
     return table([[_cell(c, row.get(c, "")) for c in columns] for row in rows], columns)
 
 

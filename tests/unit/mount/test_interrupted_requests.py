@@ -32,7 +32,10 @@ def started(directory: Path) -> tuple[StubDaemon, Kernel, int]:
 
 
 def interrupt(kernel: Kernel, node: int) -> None:
-    sent = kernel.send(wire.READ, node, read_in(0, 100))
+    interrupt_sent(kernel, kernel.send(wire.READ, node, read_in(0, 100)))
+
+
+def interrupt_sent(kernel: Kernel, sent: int) -> None:
     kernel.send(wire.INTERRUPT, 0, wire.INTERRUPT_IN.pack(sent), unique=sent | 1)
     assert kernel.receive() == (sent, errno.EINTR, b"")
 
@@ -40,11 +43,12 @@ def interrupt(kernel: Kernel, node: int) -> None:
 def test_nothing_is_kept_of_interrupted_requests_while_their_question_is_open(tmp_path: Path) -> None:
     store, kernel, node = started(tmp_path)
     try:
+        kernel.send(wire.READ, node, read_in(0, 100))
+        store.wait_for(Kind.CONTENT)  # its question is open from now on
         before = kept()
         for _ in range(50):
             interrupt(kernel, node)
         assert kept() <= before + 1  # a local of the worker thread
-        store.wait_for(Kind.CONTENT)
     finally:
         kernel.close()
         store.stop()
@@ -53,8 +57,9 @@ def test_nothing_is_kept_of_interrupted_requests_while_their_question_is_open(tm
 def test_the_question_of_an_interrupted_request_is_open_for_the_next_one(tmp_path: Path) -> None:
     store, kernel, node = started(tmp_path)
     try:
-        interrupt(kernel, node)
+        first = kernel.send(wire.READ, node, read_in(0, 100))
         store.wait_for(Kind.CONTENT)
+        interrupt_sent(kernel, first)
         sent = kernel.send(wire.READ, node, read_in(0, 100))
         interrupt(kernel, node)  # comes after it, so it was parked
         store.publish_nar(NUMBER)
