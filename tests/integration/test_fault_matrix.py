@@ -429,7 +429,9 @@ def test_programs_get_the_right_bytes_or_an_io_error(
         return hashlib.sha256(made[name].data).hexdigest()
 
     store = Path("/nix/store")
-    as_root.configure(negative_ttl=0.2)  # also the time after which an overlay looks at a condemned name again
+    as_root.configure(
+        negative_ttl=0.2
+    )  # also the time after which an overlay looks at a condemned name again
     as_root.sources += ["--verify", verify]
     with as_root.environment_probe() as probe:
 
