@@ -9,7 +9,7 @@ from pathlib import Path
 from veneer.cache.cache import Cache
 from veneer.sources.base import Source
 from veneer.sources.chain import SourceChain
-from veneer.sources.opening import open_source
+from veneer.sources.opening import Tell, open_source, unheard
 from veneer.sources.options import SourceOptions, parse_source_url
 from veneer.sources.store_directory import is_trusted
 from veneer.store.remembered import RememberedSource
@@ -29,7 +29,7 @@ def build_store(cache: Cache, clock: Clock, notices: Notices, limits: Limits) ->
     return Store(cache, clock, notices, limits)
 
 
-def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
+def build_view(config: ViewConfig, cache: Cache, clock: Clock, tell: Tell = unheard) -> View:
     """A view's sources, caches behind our cache's memory. FormatError, UsageError: the configuration is wrong.
 
     ``clock``: seconds since the epoch, kept with answers over restarts; rests are measured on one that never jumps.
@@ -40,7 +40,7 @@ def build_view(config: ViewConfig, cache: Cache, clock: Clock) -> View:
 
     def make_source(url: str) -> tuple[Source, bool]:
         parsed = parse_source_url(url)
-        inner = open_source(parsed, options)
+        inner = open_source(parsed, options, tell)
         if parsed.scheme == "local":  # what it has may go, and come back with another content
             return inner, is_trusted(parsed)
         remembered = RememberedSource(

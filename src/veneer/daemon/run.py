@@ -89,7 +89,12 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    sessions = Sessions(lambda config: build_view(config, cache, time.time), lambda: store.fetcher.owners)
+    sessions = Sessions(
+        lambda config: build_view(
+            config, cache, time.time, lambda about, error: store.stories.add(about, error)
+        ),
+        lambda: store.fetcher.owners,
+    )
     notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
     store = build_store(cache, time.time, notices, settings.limits)
     workers = WorkerSockets(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from .base import Source
 from .object_store import ObjectStoreSource
 from .options import SourceConfig, SourceOptions
-from .store_directory import StoreDirectory
+from .store_directory import StoreDirectory, Tell, unheard
+
+__all__ = ["Tell", "open_source", "unheard"]
 
 
-def open_source(config: SourceConfig, options: SourceOptions) -> Source:
-    """UsageError: it cannot be used with these options. Asks nothing yet."""
+def open_source(config: SourceConfig, options: SourceOptions, tell: Tell = unheard) -> Source:
+    """UsageError: it cannot be used with these options. Asks nothing yet. ``tell``: failures that stop nothing; any thread."""
     if config.scheme == "local":
-        return StoreDirectory(config, options)
+        return StoreDirectory(config, options, tell=tell)
     return ObjectStoreSource(config, options)

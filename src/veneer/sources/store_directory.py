@@ -13,7 +13,6 @@ every source. What is not like a binary cache:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import stat
 import threading
@@ -37,17 +36,29 @@ from .temporary_roots import TemporaryRoots
 from .workers import Workers
 
 T = TypeVar("T")
+Tell = Callable[[str, Exception], object]
+"""Takes what a failure is about, and the failure."""
 DEFAULT_PRIORITY = 0
 CHUNK = 1 << 20
 THREADS = 8
 """More only wait for each other: the work is the interpreter's, not the network's."""
 
 
+def unheard(_about: str, _failure: Exception) -> None:
+    """For callers who keep no stories."""
+
+
 class StoreDirectory:
     """Implements ``sources.base.Source``."""
 
-    def __init__(self, config: SourceConfig, options: SourceOptions | None = None) -> None:
-        """UsageError: it is not of our store directory. Touches no file yet."""
+    def __init__(
+        self, config: SourceConfig, options: SourceOptions | None = None, *, tell: Tell = unheard
+    ) -> None:
+        """UsageError: it is not of our store directory. Touches no file yet.
+
+        ``tell`` is told once, on a worker thread, when paths cannot be held.
+        """
+        self._tell = tell
         self._config = config
         self._options = options = options or SourceOptions()
         if config.store_dir not in ("", options.store_dir):
@@ -140,11 +151,15 @@ class StoreDirectory:
     def _hold(self, path: StorePath) -> None:
         """Keep the host's own garbage collector from a path of which we say that it is there.
 
-        Where neither the state directory nor a nix-daemon can be used, nothing is held: somebody else collects garbage there.
+        Where neither the state directory nor a nix-daemon can be used, the path is used all the same: it is there.
         """
-        if self._roots is not None:
-            with contextlib.suppress(SourceError):
-                self._roots.hold(path.absolute(self._options.store_dir))
+        if self._roots is None:
+            return
+        try:
+            self._roots.hold(path.absolute(self._options.store_dir))
+        except SourceError as error:
+            tell, self._tell = self._tell, unheard
+            tell(str(path), error)
 
     def _listing(self, hash_part: str) -> bytes | None:
         info = self._path_info(hash_part)

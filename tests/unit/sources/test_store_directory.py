@@ -43,6 +43,7 @@ from veneer.model.store_path import StorePath
 from veneer.sources import store_directory
 from veneer.sources.options import SourceOptions, parse_source_url
 from veneer.sources.store_directory import StoreDirectory, is_trusted
+from veneer.sources.temporary_roots import TemporaryRoots
 from veneer.store.account import Account
 from veneer.store.resolve import AbsentError
 from veneer.store.store import Limits, Notices, Store
@@ -624,3 +625,23 @@ def test_errors_are_the_projects_own(nix_cache: SampleStore) -> None:
         ask("local?root=/nowhere", lambda source: source.path_info("0" * 32))
     with pytest.raises(SourceError, match="cannot open the store"):
         ask(f"{url_of(nix_cache.nix.store)}&real=/nowhere", lambda source: source.path_info("0" * 32))
+
+
+def test_paths_that_cannot_be_held_are_there_all_the_same_and_it_is_told_once(
+    nix_cache: SampleStore, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    async def main() -> None:
+        config = parse_source_url(url_of(nix_cache.nix.store))
+        source = StoreDirectory(config, tell=lambda _, error: told.append(str(error)))
+        source._roots = TemporaryRoots(tmp_path)  # no Nix: neither roots nor a daemon
+        try:
+            for name in ("note", "many"):
+                assert await source.path_info(nix_cache.hash_part(name)) is not None
+        finally:
+            await source.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert len(told) == 1
+    assert "garbage collector" in told[0]
