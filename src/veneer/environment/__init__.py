@@ -8,7 +8,8 @@ Layout: ``spec`` (what to run) · ``facts`` (the host, read once) · ``plan`` (p
 (does and undoes them) · ``syscalls`` (the only ctypes) · ``namespace`` · ``upper`` (writable layers on disk) ·
 ``serving`` (the mount server's process) · ``keeper`` (starts it and its successors) · ``figures`` (what they told) ·
 ``init`` (pid 1 inside) · ``channel`` (to the supervisor) · ``supervise`` (the caller's side) · ``living`` (who owns a
-named one) · ``join`` (a further command in it) · ``named`` (listed, compared, ended) · ``machine`` (refusals in words).
+named one) · ``join`` (a further command in it) · ``named`` (listed, compared, ended) · ``nix`` (what Nix inside is told,
+its database, its daemon) · ``machine`` (refusals in words).
 """
 
 from veneer.environment.join import join
