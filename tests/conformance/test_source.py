@@ -269,34 +269,55 @@ def test_compressed_narinfo_is_recognised(check: Check, tmp_path: Path) -> None:
     check(body)
 
 
-def test_nar_range_gives_any_part_or_says_that_it_cannot(place: Place) -> None:
+def test_any_part_of_a_nar_file_is_given_or_it_is_said_that_there_are_none(place: Place) -> None:
     async def body(source: Source) -> None:
         size = len(place.small.file)
-        for offset, length in ((0, 1), (0, size), (size - 1, 1), (100, 5000), (7, 0)):
-            if place.ranges or length == 0:
-                part = await source.nar_range(place.small.info, offset, length)
+        for offset, length in ((0, 1), (0, size), (size - 1, 1), (100, 5000)):
+            if place.ranges:
+                part = await source.part(place.small.info, offset, length)
                 assert part == place.small.file[offset : offset + length]
             else:
                 with pytest.raises(RangesUnsupportedError):
-                    await source.nar_range(place.small.info, offset, length)
+                    await source.part(place.small.info, offset, length)
 
     place.check(body)
 
 
-def test_nar_range_of_a_compressed_nar_is_refused(check: Check) -> None:
+def test_parts_are_of_the_file_as_it_is_stored(check: Check) -> None:
     async def body(source: Source) -> None:
-        with pytest.raises(RangesUnsupportedError):
-            await source.nar_range(BIG.info, 0, 10)
+        try:
+            part = await source.part(BIG.info, 1000, 2000)
+        except RangesUnsupportedError:
+            pytest.skip("this server has no ranges")
+        assert part == BIG.file[1000:3000] and BIG.info.compression != "none"
 
     check(body)
 
 
-def test_nar_range_outside_the_nar_is_a_mistake_of_the_caller(place: Place) -> None:
+def test_a_part_outside_the_file_is_a_mistake_of_the_caller(check: Check) -> None:
     async def body(source: Source) -> None:
-        with pytest.raises(ValueError, match="not inside"):
-            await source.nar_range(place.small.info, len(place.small.file), 1)
+        for offset, size in ((len(SMALL.file), 1), (-1, 2), (0, 0)):
+            with pytest.raises(ValueError, match="not inside"):
+                await source.part(SMALL.info, offset, size)
 
-    place.check(body)
+    check(body)
+
+
+def test_a_sidecar_is_given_as_it_is_stored(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "cache" / f"{SMALL.hash_part}.odd").write_bytes(b"\x28\xb5\x2f\xfd any bytes")
+
+    async def body(source: Source) -> None:
+        counted: list[int] = []
+        assert (
+            await source.sidecar(SMALL.hash_part, ".odd", 100, counted.append)
+            == b"\x28\xb5\x2f\xfd any bytes"
+        )
+        assert sum(counted) == 14
+        assert await source.sidecar(ABSENT, ".odd", 100) is None
+        with pytest.raises(SourceError, match="too long"):
+            await source.sidecar(SMALL.hash_part, ".odd", 13)
+
+    check(body)
 
 
 def test_nar_file_of_another_size_is_refused(check: Check, tmp_path: Path) -> None:

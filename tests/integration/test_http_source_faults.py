@@ -308,7 +308,7 @@ def test_a_wrong_range_is_refused(server: FaultyServer, fault: WrongRange) -> No
     server.fail("/nar/*", fault)
 
     async def body(source: ObjectStoreSource) -> bytes:
-        return await source.nar_range(BIG.info, 1000, 2000)
+        return await source.part(BIG.info, 1000, 2000)
 
     assert "another range" in ask_error(server.url, body).what
 
@@ -318,7 +318,7 @@ def test_ignored_ranges_are_told_to_the_caller(server: FaultyServer) -> None:
 
     async def body(source: ObjectStoreSource) -> None:
         with pytest.raises(RangesUnsupportedError):
-            await source.nar_range(BIG.info, 1000, 2000)
+            await source.part(BIG.info, 1000, 2000)
 
     ask(server.url, body)
 
@@ -327,7 +327,7 @@ def test_an_interrupted_range_is_tried_again(server: FaultyServer) -> None:
     server.fail("/nar/*", Truncated(100), times=2)
 
     async def body(source: ObjectStoreSource) -> bytes:
-        return await source.nar_range(BIG.info, 1000, 2000)
+        return await source.part(BIG.info, 1000, 2000)
 
     assert ask(server.url, body)[0] == BIG.file[1000:3000]
 

@@ -42,6 +42,8 @@ from .narinfo import MAX_NAR_SIZE
 
 VERSION = 1
 SUFFIX = ".chunks"
+NARINFO_KEY = "ChunkMap"
+"""In a narinfo: that there is one, and its name. Nix ignores it; it spares everybody the question where there is none."""
 MAX_SIZE = 64 << 20
 """1.6 million chunks: a NAR of 400 GiB in the usual sizes."""
 MAX_CHUNK = 64 << 20
@@ -92,6 +94,11 @@ class UnverifiedChunkMap:
             and (self.nar_hash, self.nar_size) == (info.nar_hash, info.nar_size)
             and info.compression == "zstd"
         )
+
+
+def is_announced(info: UnverifiedPathInfo) -> bool:
+    """Whether the narinfo says that its path has a chunk map."""
+    return (NARINFO_KEY, info.store_path.hash_part + SUFFIX) in info.extra
 
 
 def place_chunks(rows: list[tuple[int, int, bytes]]) -> tuple[Chunk, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from veneer.formats import cache_info, narinfo
 from veneer.formats.cache_info import CacheInfo, parse_cache_info, write_cache_info
-from veneer.formats.chunk_map import SUFFIX, UnverifiedChunkMap, write_chunk_map
+from veneer.formats.chunk_map import NARINFO_KEY, SUFFIX, UnverifiedChunkMap, write_chunk_map
 from veneer.formats.listing import write_listing
 from veneer.formats.narinfo import parse_narinfo, write_narinfo
 from veneer.formats.signature import SecretKey, fingerprint
@@ -185,9 +185,10 @@ class Publisher:
         return tree, encoded
 
     def _described(self, info: UnverifiedPathInfo, encoded: Encoded) -> UnverifiedPathInfo:
-        signatures = info.signatures
+        signatures, extra = info.signatures, info.extra
         if self._key is not None:
             signatures = tuple(dict.fromkeys((*signatures, self._key.sign(fingerprint(info)))))
+            extra = (*extra, (NARINFO_KEY, info.store_path.hash_part + SUFFIX))
         return replace(
             info,
             url=f"nar/{nix32_encode(encoded.file_hash.digest)}.nar.zst",
@@ -195,6 +196,7 @@ class Publisher:
             file_hash=encoded.file_hash,
             file_size=encoded.file_size,
             signatures=signatures,
+            extra=extra,
         )
 
 

@@ -24,7 +24,7 @@ def unmetered(_: int) -> None:
 
 
 class RangesUnsupportedError(Exception):
-    """This NAR cannot be read in parts from this source; read ``nar`` whole. Control flow, never shown to users."""
+    """This source gives no parts of a NAR's file; read ``nar`` whole. Control flow, never shown to users."""
 
 
 class Source(Protocol):
@@ -60,10 +60,17 @@ class Source(Protocol):
         """
         ...
 
-    async def nar_range(
-        self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered
-    ) -> bytes:
-        """``size`` bytes of the *uncompressed* NAR from ``offset``. RangesUnsupportedError where it must be read whole."""
+    async def part(self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered) -> bytes:
+        """``size`` bytes of the NAR's file as stored, from ``offset``. RangesUnsupportedError where it must be read whole.
+
+        The caller bounds ``size``: it is held in memory. ValueError when the narinfo says that the file is shorter.
+        """
+        ...
+
+    async def sidecar(
+        self, hash_part: str, suffix: str, limit: int, meter: Meter = unmetered
+    ) -> bytes | None:
+        """The object ``<hash part><suffix>`` of at most ``limit`` bytes, as stored; None when there is none."""
         ...
 
     async def close(self) -> None: ...

@@ -31,7 +31,7 @@ from .bodies import collected
 from .credentials import Logins
 from .directory import DirectoryObjects
 from .http_place import HttpPlace
-from .nar_stream import NarStream
+from .nar_stream import NarStream, expected_size
 from .options import SourceConfig, SourceOptions, without_secrets
 from .plain_http import PlainHttp
 from .retry import Retry
@@ -98,7 +98,7 @@ class ObjectStoreSource:
     async def listing(self, hash_part: str, meter: Meter = unmetered) -> bytes | None:
         name = _checked(hash_part) + ".ls"
         try:
-            data = await self._retried(name, self._collect, name, meter)
+            data = await self._retried(name, self._collect, name, listing.MAX_SIZE, meter)
         except SourceMissingError:
             return None
         try:
@@ -118,17 +118,23 @@ class ObjectStoreSource:
         except TransferError as error:
             raise self._error(name, error, stream.tried) from None
 
-    async def nar_range(
-        self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered
-    ) -> bytes:
-        if info.compression != "none":
+    async def part(self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered) -> bytes:
+        whole = expected_size(info)
+        if whole is None:
             raise RangesUnsupportedError
-        if offset < 0 or size < 0 or offset + size > info.nar_size:
-            raise ValueError(f"[{offset}, {offset + size}) is not inside a NAR of {info.nar_size} bytes")
-        if size == 0:
-            return b""
+        if offset < 0 or size <= 0 or offset + size > whole:
+            raise ValueError(f"[{offset}, {offset + size}) is not inside a file of {whole} bytes")
         name = self._nar_name(info)
-        return await self._retried(name, self._part, name, info, offset, size, meter)
+        return await self._retried(name, self._part, name, whole, offset, size, meter)
+
+    async def sidecar(
+        self, hash_part: str, suffix: str, limit: int, meter: Meter = unmetered
+    ) -> bytes | None:
+        name = _checked(hash_part) + suffix
+        try:
+            return await self._retried(name, self._collect, name, limit, meter)
+        except SourceMissingError:
+            return None
 
     async def close(self) -> None:
         await self._transport.close()
@@ -161,18 +167,18 @@ class ObjectStoreSource:
         except FormatError as error:
             raise self._placed(name, error) from error
 
-    async def _collect(self, name: str, meter: Meter) -> bytes:
-        """A listing as it came."""
+    async def _collect(self, name: str, limit: int, meter: Meter) -> bytes:
+        """A listing or another object that may be large, as it came."""
         body = await self._transport.open(name)
         try:
-            if body.size is not None and body.size > listing.MAX_SIZE:
-                raise too_long(body.size, listing.MAX_SIZE)
-            return await collected(body, listing.MAX_SIZE, meter, self._options)
+            if body.size is not None and body.size > limit:
+                raise too_long(body.size, limit)
+            return await collected(body, limit, meter, self._options)
         finally:
             await body.close()
 
-    async def _part(self, name: str, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter) -> bytes:
-        """``size`` bytes of an uncompressed NAR file."""
+    async def _part(self, name: str, whole: int, offset: int, size: int, meter: Meter) -> bytes:
+        """``size`` bytes of a NAR file of ``whole`` bytes."""
         try:
             body = await self._transport.open(name, offset, offset + size)
         except TransferError as error:
@@ -180,8 +186,8 @@ class ObjectStoreSource:
                 raise RangesUnsupportedError from None
             raise
         try:
-            if body.size not in (None, info.nar_size):
-                raise TransferError(Fault.FATAL, f"wrong size: {body.size} bytes, expected {info.nar_size}")
+            if body.size not in (None, whole):
+                raise TransferError(Fault.FATAL, f"wrong size: {body.size} bytes, expected {whole}")
             part = await collected(body, size, meter, self._options)
         finally:
             await body.close()

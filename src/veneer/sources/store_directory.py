@@ -103,14 +103,13 @@ class StoreDirectory:
         finally:
             packing.close()
 
-    async def nar_range(
-        self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered
-    ) -> bytes:
-        if offset < 0 or size < 0 or offset + size > info.nar_size:
-            raise ValueError(f"[{offset}, {offset + size}) is not inside a NAR of {info.nar_size} bytes")
-        if size:
-            raise RangesUnsupportedError
-        return b""
+    async def part(self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered) -> bytes:
+        raise RangesUnsupportedError
+
+    async def sidecar(
+        self, hash_part: str, suffix: str, limit: int, meter: Meter = unmetered
+    ) -> bytes | None:
+        return None
 
     async def close(self) -> None:
         self._workers.close()

@@ -93,10 +93,13 @@ class RememberedSource:
     def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         return self._inner.nar(info, meter)
 
-    async def nar_range(
-        self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered
-    ) -> bytes:
-        return await self._inner.nar_range(info, offset, size, meter)
+    async def part(self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered) -> bytes:
+        return await self._inner.part(info, offset, size, meter)
+
+    async def sidecar(
+        self, hash_part: str, suffix: str, limit: int, meter: Meter = unmetered
+    ) -> bytes | None:
+        return await self._inner.sidecar(hash_part, suffix, limit, meter)
 
     async def close(self) -> None:
         for task in list(self._open.values()):

@@ -68,9 +68,12 @@ class Fake:
     def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         raise NotImplementedError
 
-    async def nar_range(
-        self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered
-    ) -> bytes:
+    async def part(self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered) -> bytes:
+        raise NotImplementedError
+
+    async def sidecar(
+        self, hash_part: str, suffix: str, limit: int, meter: Meter = unmetered
+    ) -> bytes | None:
         raise NotImplementedError
 
     async def close(self) -> None:
