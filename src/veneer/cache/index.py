@@ -373,6 +373,11 @@ class Index:
         sql = "SELECT number, tree, nar, tree_size, nar_size, quarantined FROM paths WHERE tree <> 0 OR nar <> 0"
         return map(FileRow._make, self._each(sql))
 
+    def with_files_after(self, number: int, limit: int) -> list[PathRow]:
+        """The next paths that should have a file, by number, for who goes through all of them."""
+        sql = f"SELECT {_COLUMNS} FROM paths WHERE (tree <> 0 OR nar <> 0) AND number > ? ORDER BY number LIMIT ?"
+        return [_row(c) for c in self._all(sql, (number, limit))]
+
     def unsynced(self) -> list[Unsynced]:
         return [Unsynced(*c) for c in self._all("SELECT number, kind, serial FROM unsynced ORDER BY serial")]
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "publish": "Write store paths into a binary cache that can be read in parts.",
     "mirror": "Write paths of one binary cache into another, to be read in parts.",
     "gc": "Drop cached content that was not used for longest.",
+    "cache": "Check everything in the cache, and drop what is not right.",
     "pin": "Keep store paths in the cache, or list what is kept.",
     "unpin": "Let a pinned name go.",
     "mount": "Mount the store on a directory until interrupted.",

@@ -178,6 +178,7 @@ class Output:
             def advance(document: Mapping[str, object]) -> None:
                 done, total = number(document, "bytes_done"), number(document, "bytes")
                 paths = f"{number(document, 'paths_done')}/{number(document, 'paths')} paths"
+                paths = paths if "paths" in document else ""
                 bar.update(task, completed=done, total=total or None, paths=paths)
 
             yield advance

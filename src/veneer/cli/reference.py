@@ -90,6 +90,9 @@ def exit_codes_page() -> str:
         first = min(kinds, key=lambda kind: len(kind.__mro__))
         names = ", ".join(f"`{kind.__name__}`" for kind in sorted(kinds, key=lambda k: k.__name__))
         rows.append((str(code), names, _MEANINGS.get(code) or _first_line(first)))
+    rows.insert(
+        2, ("1", "", "`veneer cache verify`: something was wrong in the cache; what it was is told and gone.")
+    )
     rows.append(
         (
             "125",

@@ -6,12 +6,14 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
+import veneer
 from veneer.formats.narinfo import parse_narinfo
 from veneer.model.errors import UsageError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 from veneer.store.store import Store
 
+from .checking import run_check
 from .sessions import Session, Sessions
 from .worker import WorkerSockets
 
@@ -29,7 +31,11 @@ class Control:
         workers: WorkerSockets,
         clock: Callable[[], float],
         stop: Callable[[], None],
+        *,
+        private: bool = False,
     ) -> None:
+        """``private``: whoever needs this daemon starts another one when it ends."""
+        self._private = private
         self._store = store
         self._sessions = sessions
         self._workers = workers
@@ -41,6 +47,7 @@ class Control:
             "fetch": self._fetch,
             "closure": self._closure,
             "gc": self._gc,
+            "verify": self._verify,
             "pin": self._pin,
             "unpin": self._unpin,
             "pins": self._pins,
@@ -68,6 +75,8 @@ class Control:
         totals = self._store.cache.index.totals()
         return {
             "pid": os.getpid(),
+            "version": veneer.__version__,
+            "private": self._private,
             "cache": str(self._store.cache.root),
             "generation": self._store.cache.generation.hex(),
             "uptime_seconds": self._clock() - self._started,
@@ -171,6 +180,13 @@ class Control:
             "freed": sum(size for _, size in gone),
             "paths": [{"path": path.basename, "bytes": size} for path, size in gone],
         }
+
+    async def _verify(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """Read the whole cache and drop what is not right."""
+        drop = not request.get("dry_run", False)
+        return await run_check(self._store, self._sessions, self._clock, drop=drop, progress=progress)
 
     async def _pin(
         self, session: Session, request: dict[str, object], progress: Progress
