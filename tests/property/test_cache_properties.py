@@ -104,7 +104,7 @@ def test_after_recovery_rows_and_files_agree(
     for path in rows:
         if path.has_tree and (path.number, "tree") not in reset:
             wanted[tree_file(path.number)] = path.tree_size
-        if path.has_nar and (path.number, "nar") not in reset:
+        if path.nar and (path.number, "nar") not in reset:
             wanted[nar_file(path.number)] = path.nar_size
     assert left == wanted
     rehashed = {(step.number, step.kind) for step in steps if isinstance(step, Rehash)}

@@ -66,8 +66,7 @@ class SyncBatch:
             for file in self.files:
                 if not go_on():
                     break
-                name = tree_index.nar_file if file.kind == "nar" else tree_index.tree_file
-                at = self.root / name(file.number)
+                at = self.root / recovery.NAMES[file.kind](file.number)
                 if _sync(at, os.fdatasync):
                     directories.update((at.parent, at.parent.parent))
                 done.append(file)
@@ -193,7 +192,7 @@ class Cache:
         if not excess:
             return []
         steps = eviction.plan(
-            (eviction.Candidate(r.number, r.store_path, r.disk_size) for r in self.index.whole_nars()),
+            (eviction.Candidate(r.number, r.store_path, r.disk_size) for r in self.index.nars()),
             (
                 eviction.Candidate(r.number, r.store_path, r.tree_size)
                 for r in self.index.trees_unused_since(self._clock() - eviction.TREE_REST)
@@ -241,8 +240,8 @@ class Cache:
         file = self.root
         try:
             for step in steps:
-                file = self.trees.path(step.number) if step.tree else self.nars.path(step.number)
-                file.unlink(missing_ok=True)
+                for file in (self.trees.path(step.number),) if step.tree else self.nars.files(step.number):
+                    file.unlink(missing_ok=True)
                 (trees if step.tree else nars).append(step.number)
                 self._fault("evict.unlinked")
         except OSError as error:

@@ -272,13 +272,17 @@ class Index:
         trees = (state is not TreeState.NONE) - (old.tree is not TreeState.NONE)
         self._files = replace(t, trees=t.trees + trees, tree_bytes=t.tree_bytes + size - old.tree_size)
 
-    def set_nar(self, number: int, state: NarState, size_on_disk: int = 0) -> None:
-        """After the NAR file was put in place (or dropped, NONE)."""
+    def set_nar(
+        self, number: int, state: NarState, size_on_disk: int = 0, present: bytes | None = None
+    ) -> None:
+        """After the NAR file was put in place, chunks were written to a sparse one (``present``), or it was dropped (NONE)."""
         old = self._present(number)
         size = 0 if state is NarState.NONE else size_on_disk
         with self._change():
             self._run("UPDATE paths SET nar = ?, disk_size = ? WHERE number = ?", (int(state), size, number))
-            self._mark(number, "nar", present=state is not NarState.NONE, written=True)
+            self._run("UPDATE chunk_maps SET present = ? WHERE number = ?", (present, number))
+            self._mark(number, "nar", present=state is NarState.WHOLE, written=True)
+            self._mark(number, "sparse", present=state is NarState.SPARSE, written=True)
         t = self.totals()
         nars = (state is NarState.WHOLE) - (old.nar is NarState.WHOLE)
         self._files = replace(t, nars=t.nars + nars, nar_bytes=t.nar_bytes + size - old.disk_size)
@@ -291,7 +295,9 @@ class Index:
                 self._mark(number, "tree", present=False, written=False)
             for number in nars:
                 self._run("UPDATE paths SET nar = 0, disk_size = 0 WHERE number = ?", (number,))
+                self._run("UPDATE chunk_maps SET present = NULL WHERE number = ?", (number,))
                 self._mark(number, "nar", present=False, written=False)
+                self._mark(number, "sparse", present=False, written=False)
         self._recount()
 
     def touch(self, rows: Iterable[tuple[int, float]]) -> None:
@@ -357,10 +363,10 @@ class Index:
         assert self._files is not None
         return replace(self._files, narinfos=self._narinfos)
 
-    def whole_nars(self) -> Iterator[PathRow]:
-        """Paths with a NAR file, least recently used first. Do not write to the index while iterating."""
+    def nars(self) -> Iterator[PathRow]:
+        """Paths with a NAR file, whole or not, least recently used first. Do not write to the index while iterating."""
         self.flush()
-        yield from map(_row, self._each(f"SELECT {_COLUMNS} FROM paths WHERE nar = 1 ORDER BY last_used"))
+        yield from map(_row, self._each(f"SELECT {_COLUMNS} FROM paths WHERE nar <> 0 ORDER BY last_used"))
 
     def trees_unused_since(self, before: float) -> Iterator[PathRow]:
         """Paths with a tree file, without a NAR, and last used before then; least recently used first."""
@@ -528,7 +534,7 @@ class Index:
         )
         paths = int(self._db.execute("SELECT count(*) FROM paths").fetchone()[0])
         trees, nars, nar_bytes, tree_bytes = self._db.execute(
-            "SELECT coalesce(sum(tree <> 0), 0), coalesce(sum(nar), 0), coalesce(sum(disk_size), 0),"
+            "SELECT coalesce(sum(tree <> 0), 0), coalesce(sum(nar = 1), 0), coalesce(sum(disk_size), 0),"
             " coalesce(sum(tree_size), 0) FROM paths WHERE tree <> 0 OR nar <> 0"
         ).fetchone()
         self._files = Totals(paths, trees, nars, nar_bytes, tree_bytes, 0)

@@ -49,7 +49,22 @@ _RETIRED = ("CREATE INDEX paths_retired ON paths (number) WHERE quarantined = 1"
 # digest: of a public key, a signature and the bytes that it was found to sign. A fact, whoever asks for it.
 _SIGNATURES = ("CREATE TABLE verified_signatures (digest BLOB PRIMARY KEY) WITHOUT ROWID",)
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED, _SIGNATURES)
+# The chunks of a NAR (``sparse``): the frames of the file that it is fetched from, and the digest of each.
+# source, url: that file. base: where its first frame begins. chunks: rows of ``formats.chunk_map``. signatures: lines.
+# learnt: the digests are of a NAR that was verified whole. present: a byte per chunk, 1: it is in the sparse file.
+_CHUNKS = (
+    """CREATE TABLE chunk_maps (
+        number INTEGER PRIMARY KEY, source TEXT NOT NULL, url TEXT NOT NULL, compression TEXT NOT NULL,
+        base INTEGER NOT NULL, chunks BLOB NOT NULL, signatures TEXT NOT NULL, learnt INTEGER NOT NULL, present BLOB)""",
+    # digest: the first 8 bytes, as a number; ordinal: of the chunk in its NAR.
+    """CREATE TABLE chunk_places (
+        digest INTEGER NOT NULL, number INTEGER NOT NULL, ordinal INTEGER NOT NULL,
+        PRIMARY KEY (digest, number, ordinal)) WITHOUT ROWID""",
+    "DROP INDEX paths_whole_nars",
+    "CREATE INDEX paths_nars ON paths (last_used) WHERE nar <> 0",
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED, _SIGNATURES, _CHUNKS)
 SCHEMA_VERSION = len(STEPS)
 
 

@@ -2,6 +2,7 @@
 
     incoming/<number>.<n>.nar   a strict download: nobody reads it before it was verified
     nars/<xx>/<number>.nar.part a deferred one: mount servers read the prefix that the daemon announced
+    nars/<xx>/<number>.nar.sparse  a NAR of which some chunks are there (``sparse``)
     nars/<xx>/<number>.nar      admitted, mode 0444, never written again
 
 N1  A file gets the name ``.nar`` only in ``admit``, which takes a ``VerifiedNar``, and only under a number whose row has
@@ -24,12 +25,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.formats.tree_index import nar_file
+from veneer.formats.chunk_map import Chunk
+from veneer.formats.tree_index import nar_file, sparse_file
 from veneer.model.errors import CacheError, CacheFullError
 from veneer.model.hashes import Hash
 
 from .directory import cache_error, make_parent, rename_published
 from .index import Index, NarState
+from .sparse import SparseNar
 
 PART = ".part"
 Bytes = bytes | bytearray | memoryview
@@ -56,6 +59,7 @@ class IncomingNar:
             path.unlink(missing_ok=True)  # whoever still reads an earlier attempt keeps that one
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
             os.fchmod(self._fd, mode)
+            self.inode = os.fstat(self._fd).st_ino
         except OSError as error:
             raise cache_error(error, path, "write to") from error
 
@@ -81,10 +85,11 @@ class IncomingNar:
     def discard(self) -> None:
         """Removes the file. Harmless after the end."""
         if self._fd >= 0:
-            self._close()
+            self.finish()
             self.path.unlink(missing_ok=True)
 
-    def _close(self) -> None:
+    def finish(self) -> None:
+        """Closes the file."""
         fd, self._fd = self._fd, -1
         os.close(fd)
 
@@ -96,7 +101,7 @@ class VerifiedNar:
     Only ``store/verify.py`` makes it (and tests): the type is the claim.
     """
 
-    incoming: IncomingNar
+    incoming: IncomingNar | SparseNar
     nar_hash: Hash
     nar_size: int
 
@@ -112,6 +117,10 @@ class Nars:
 
     def path(self, number: int) -> Path:
         return self._root / nar_file(number)
+
+    def files(self, number: int) -> tuple[Path, Path]:
+        """Where a whole and a sparse NAR are; there may be one of them, seldom both."""
+        return self._root / nar_file(number), self._root / sparse_file(number)
 
     def has(self, number: int, size: int | None = None) -> bool:
         """Whether the file is there, on disk, and has ``size`` bytes (the row is the faster answer, and normally the same)."""
@@ -137,6 +146,15 @@ class Nars:
             raise cache_error(error, path.parent, "write to") from error
         return IncomingNar(path.with_name(path.name + PART), number, 0o444)
 
+    def sparse(self, number: int, chunks: tuple[Chunk, ...], present: bytes | None) -> SparseNar:
+        """The file for a path's chunks: the one that holds those ``present``, or a new one. CacheError, CacheFullError."""
+        path = self._root / sparse_file(number)
+        try:
+            make_parent(path)
+        except OSError as error:
+            raise cache_error(error, path.parent, "write to") from error
+        return SparseNar(path, number, chunks, present)
+
     def admit(self, number: int, verified: VerifiedNar) -> None:
         """Gives a verified file its name, then its row. CacheError (and the file is gone) when either fails."""
         incoming = verified.incoming
@@ -159,7 +177,8 @@ class Nars:
             raise
         self._fault("nar.renamed")
         try:
-            incoming._close()  # network file systems tell here that the disk is full
+            incoming.finish()  # network file systems tell here that the disk is full
+            (self._root / sparse_file(number)).unlink(missing_ok=True)  # whoever reads it keeps it
             self._index.set_nar(number, NarState.WHOLE, disk_size(size))
         except OSError as error:
             final.unlink(missing_ok=True)
@@ -171,7 +190,8 @@ class Nars:
 
     def drop(self, number: int) -> None:
         """Unlinks the file, then its row. Open readers are not disturbed."""
-        _unlink(self.path(number))
+        for file in self.files(number):
+            _unlink(file)
         self._fault("nar.unlinked")
         self._index.set_nar(number, NarState.NONE)
 
@@ -179,7 +199,7 @@ class Nars:
         """Ends a NAR whose bytes turned out wrong: into ``quarantine/``, where only the last few stay."""
         if incoming.fileno < 0:
             return
-        incoming._close()
+        incoming.finish()
         place = self._root / "quarantine"
         try:
             incoming.path.rename(place / f"{incoming.number:012x}.{next(self._serial)}.nar")

@@ -4,7 +4,7 @@ R1  A file without a row that wants it is removed: half-written ones, those that
     of an index that was lost, those of retired numbers, and whatever else lies there.
 R2  A row without its file, or with a file of another size, is reset; the path is fetched again when wanted.
 R3  After a power loss (the kernel's boot id is another one than at the last start, or unknown) files that had not been
-    synced are hashed: NARs against their hash, trees against the digest inside. What differs is removed and reset;
+    synced are hashed: NARs against their hash, the chunks of sparse ones against theirs, trees against the digest inside. What differs is removed and reset;
     NARs beyond REHASH_BYTES are not read but removed, because a start may not take minutes.
 R4  First files, then rows, in one transaction: a crash in here only leaves work for the next start.
 """
@@ -16,15 +16,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.formats.tree_index import TreeIndex, nar_file, tree_file
+from veneer.formats.tree_index import TreeIndex, nar_file, sparse_file, tree_file
 from veneer.model.errors import FormatError
 
+from .chunk_maps import ChunkMaps
 from .directory import PUBLISHED, cache_error
-from .index import FileRow, Index, Unsynced
+from .index import FileRow, Index, NarState, Unsynced
+from .sparse import holds_its_chunks
 
 REHASH_BYTES = 1 << 30
 """NAR bytes hashed at most at a start after a power loss: about a second or two."""
 _PIECE = 1 << 20
+NAMES = {"nar": nar_file, "sparse": sparse_file, "tree": tree_file}
+"""Kind of a file -> its name in the cache, from the path number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Tell the row that it has no such file. ``kind``: "nar" or "tree"."""
+    """Tell the row that it has no such file. ``kind``: "nar", "sparse" or "tree"."""
 
     number: int
     kind: str
@@ -88,13 +92,13 @@ def plan(
         doubted = kept.get((file.number, file.kind))
         if doubted is None:
             continue
-        if file.kind == "nar":
+        if file.kind != "tree":
             rehash_bytes -= doubted.nar_size
         if file.kind == "tree" or rehash_bytes >= 0:
             steps.append(Rehash(file.number, file.kind))
         else:
-            wanted.discard(nar_file(file.number))
-            steps.append(Reset(file.number, "nar"))
+            wanted.discard(NAMES[file.kind](file.number))
+            steps.append(Reset(file.number, file.kind))
     steps += [Remove(name) for name in found if name not in wanted]
     return steps
 
@@ -103,8 +107,10 @@ def _files_of(row: FileRow) -> Iterator[tuple[str, str, int | None]]:
     """(kind, file name, size or None for not known) of what the row says is there."""
     if row.has_tree:
         yield "tree", tree_file(row.number), row.tree_size or None
-    if row.has_nar:
+    if row.nar == NarState.WHOLE:
         yield "nar", nar_file(row.number), row.nar_size
+    elif row.nar == NarState.SPARSE:
+        yield "sparse", sparse_file(row.number), row.nar_size
 
 
 def scan(root: Path) -> Iterator[FoundFile]:
@@ -138,26 +144,24 @@ def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
             elif isinstance(step, Reset):
                 resets.append(step)
             elif not _is_whole(root, index, step):
-                (root / _name(step)).unlink(missing_ok=True)
+                (root / NAMES[step.kind](step.number)).unlink(missing_ok=True)
                 resets.append(Reset(step.number, step.kind))
     except OSError as error:
         raise cache_error(error, error.filename or root, "repair") from error
     if resets:
         index.forget_files(
             trees=[reset.number for reset in resets if reset.kind == "tree"],
-            nars=[reset.number for reset in resets if reset.kind == "nar"],
+            nars=[reset.number for reset in resets if reset.kind != "tree"],
         )
-
-
-def _name(step: Rehash) -> str:
-    return nar_file(step.number) if step.kind == "nar" else tree_file(step.number)
 
 
 def _is_whole(root: Path, index: Index, step: Rehash) -> bool:
     row = index.path(step.number)
     if row is None:
         return False
-    with open(root / _name(step), "rb", buffering=0) as file:
+    if step.kind == "sparse":
+        return holds_its_chunks(root / sparse_file(step.number), ChunkMaps(index).get(step.number))
+    with open(root / NAMES[step.kind](step.number), "rb", buffering=0) as file:
         if step.kind == "tree":
             try:
                 tree = TreeIndex(file.read())

@@ -21,6 +21,8 @@ class TreeState(IntEnum):
 class NarState(IntEnum):
     NONE = 0
     WHOLE = 1
+    SPARSE = 2
+    """Some chunks of it are there, each verified by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ class FileRow(NamedTuple):
 
     number: int
     has_tree: bool
-    has_nar: bool
+    nar: int
+    """A NarState."""
     tree_size: int
     nar_size: int
     quarantined: bool
@@ -60,7 +63,7 @@ class FileRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unsynced:
-    """A file that a power loss may still empty. ``kind``: "nar" or "tree"."""
+    """A file that a power loss may still empty. ``kind``: "nar", "sparse" or "tree"."""
 
     number: int
     kind: str

@@ -210,7 +210,9 @@ class RequestServer:
                 return Frame(Kind.FOUND, frame.id, wire.found_body(row.number, row.nar_size))
             case Kind.CONTENT:
                 ready = await store.content(view, *wire.content(frame.body), account)
-                body = wire.ready_body(ready.number, ready.start, ready.end, whole=ready.whole)
+                body = wire.ready_body(
+                    ready.number, ready.start, ready.end, whole=ready.whole, inode=ready.inode
+                )
                 return Frame(Kind.READY, frame.id, body)
             case Kind.TREE:
                 number = await store.tree(view, wire.path_number(frame.body), account)

@@ -84,7 +84,7 @@ class UnverifiedChunkMap:
     def fingerprint(self) -> bytes:
         """The bytes that a signature covers."""
         path = self.store_path.absolute(self.store_dir)
-        table = Hash("sha256", hashlib.sha256(_table(self.chunks)).digest())
+        table = Hash("sha256", hashlib.sha256(write_table(self.chunks)).digest())
         return f"veneer-chunks-{VERSION};{path};{self.nar_hash.nix32};{self.nar_size};{table.nix32}".encode()
 
     def belongs_to(self, info: UnverifiedPathInfo) -> bool:
@@ -101,10 +101,10 @@ def is_announced(info: UnverifiedPathInfo) -> bool:
     return (NARINFO_KEY, info.store_path.hash_part + SUFFIX) in info.extra
 
 
-def place_chunks(rows: list[tuple[int, int, bytes]]) -> tuple[Chunk, ...]:
-    """Chunks one after the other, from (compressed size, size, digest) of each."""
+def place_chunks(rows: list[tuple[int, int, bytes]], base: int = 0) -> tuple[Chunk, ...]:
+    """Chunks one after the other, from (compressed size, size, digest) of each; the first at ``base`` of the file."""
     chunks = []
-    compressed_offset = offset = 0
+    compressed_offset, offset = base, 0
     for compressed_size, size, digest in rows:
         chunks.append(Chunk(compressed_offset, compressed_size, offset, size, digest))
         compressed_offset += compressed_size
@@ -114,7 +114,7 @@ def place_chunks(rows: list[tuple[int, int, bytes]]) -> tuple[Chunk, ...]:
 
 def write_chunk_map(chunk_map: UnverifiedChunkMap) -> bytes:
     """The file. FormatError, LimitError for what would not be read back as given."""
-    table = _table(chunk_map.chunks)
+    table = write_table(chunk_map.chunks)
     values = (
         str(VERSION),
         chunk_map.store_path.absolute(chunk_map.store_dir),
@@ -154,10 +154,34 @@ def parse_chunk_map(data: bytes, *, store_dir: str = DEFAULT_STORE_DIR) -> Unver
         nar_hash=hashed,
         nar_size=int(nar_size),
         url=url,
-        chunks=_chunks(table, int(nar_size)),
+        chunks=parse_table(table, int(nar_size)),
         signatures=signatures,
         store_dir=store_dir,
     )
+
+
+def parse_table(table: bytes, nar_size: int) -> tuple[Chunk, ...]:
+    """The chunks of a table. FormatError, LimitError."""
+    if len(table) % _ROW.size:
+        raise FormatError(f"a table of {len(table)} bytes", where=_WHERE)
+    rows: list[tuple[int, int, bytes]] = list(_ROW.iter_unpack(table))
+    for compressed_size, size, _ in rows:
+        if not compressed_size or not size:
+            raise FormatError("an empty chunk", where=_WHERE)
+        if size > MAX_CHUNK or compressed_size > 2 * MAX_CHUNK:
+            raise LimitError(f"a chunk of {size} bytes, limit {MAX_CHUNK}", where=_WHERE)
+    total = sum(size for _, size, _ in rows)
+    if total != nar_size:
+        raise FormatError(f"chunks of {total} bytes for a NAR of {nar_size}", where=_WHERE)
+    return place_chunks(rows)
+
+
+def write_table(chunks: tuple[Chunk, ...]) -> bytes:
+    """The rows of the table, without their offsets. LimitError."""
+    try:
+        return b"".join(_ROW.pack(c.compressed_size, c.size, c.digest) for c in chunks)
+    except struct.error as error:
+        raise LimitError("a chunk's size does not fit", where=_WHERE) from error
 
 
 def _header(data: bytes) -> tuple[list[str], tuple[str, ...]]:
@@ -178,25 +202,3 @@ def _header(data: bytes) -> tuple[list[str], tuple[str, ...]]:
             )
         values.append(value)
     return values[: len(_KEYS)], tuple(values[len(_KEYS) :])
-
-
-def _chunks(table: bytes, nar_size: int) -> tuple[Chunk, ...]:
-    if len(table) % _ROW.size:
-        raise FormatError(f"a table of {len(table)} bytes", where=_WHERE)
-    rows: list[tuple[int, int, bytes]] = list(_ROW.iter_unpack(table))
-    for compressed_size, size, _ in rows:
-        if not compressed_size or not size:
-            raise FormatError("an empty chunk", where=_WHERE)
-        if size > MAX_CHUNK or compressed_size > 2 * MAX_CHUNK:
-            raise LimitError(f"a chunk of {size} bytes, limit {MAX_CHUNK}", where=_WHERE)
-    total = sum(size for _, size, _ in rows)
-    if total != nar_size:
-        raise FormatError(f"chunks of {total} bytes for a NAR of {nar_size}", where=_WHERE)
-    return place_chunks(rows)
-
-
-def _table(chunks: tuple[Chunk, ...]) -> bytes:
-    try:
-        return b"".join(_ROW.pack(c.compressed_size, c.size, c.digest) for c in chunks)
-    except struct.error as error:
-        raise LimitError("a chunk's size does not fit", where=_WHERE) from error

@@ -24,8 +24,9 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | WELCOME | JSON: {"version": 1, "generation": 32 hex digits} |
 | FOUND | u64 path number, u64 NAR size: its tree index is published |
 | ABSENT | u32 milliseconds for which no source has to be asked again |
-| FAILED | u16 errno, u16 exit code, UTF-8 story (what, where, and perhaps a line "hint: …") |
-| READY | u64 path number, u64 start, u64 end, u8 whole: bytes [start, end) of the NAR file may be read |
+| FAILED | u16 errno, u16 exit code, UTF-8 story (what, where, and perhaps a line "hint: …"); with id 0: the connection ends, for this reason |
+| READY | u64 path number, u64 start, u64 end, u8 whole, u64 inode: bytes [start, end) of the NAR may be read: |
+| | from the final file (whole), or from the growing or sparse one that has this inode |
 | PROGRESS, RESULT | JSON |
 | PRESENT (notice) | base name that was answered ABSENT and is there now |
 | DROPPED (notice) | u64 path number: its NAR file was unlinked; close it and ask again |
@@ -52,7 +53,7 @@ HEADER = struct.Struct("<IB3xQ")
 SOCKET_NAME = "daemon.sock"
 
 _U64 = struct.Struct("<Q")
-_READY = struct.Struct("<QQQB")
+_READY = struct.Struct("<QQQBQ")
 _CONTENT = struct.Struct("<QQQ")
 _FOUND = struct.Struct("<QQ")
 _U32 = struct.Struct("<I")
@@ -195,14 +196,14 @@ def failed_exit_code(body: bytes) -> int:
     return int(_FAILED.unpack_from(body)[1])
 
 
-def ready_body(number: int, start: int, end: int, *, whole: bool) -> bytes:
-    return _READY.pack(number, start, end, whole)
+def ready_body(number: int, start: int, end: int, *, whole: bool, inode: int = 0) -> bytes:
+    return _READY.pack(number, start, end, whole, inode)
 
 
-def ready(body: bytes) -> tuple[int, int, int, bool]:
-    """(path number, start, end, whole) of READY."""
-    number, start, end, whole = _READY.unpack(body)
-    return number, start, end, bool(whole)
+def ready(body: bytes) -> tuple[int, int, int, bool, int]:
+    """(path number, start, end, whole, inode) of READY."""
+    number, start, end, whole, inode = _READY.unpack(body)
+    return number, start, end, bool(whole), inode
 
 
 def touched_bodies(rows: list[tuple[int, int]]) -> list[bytes]:

@@ -110,6 +110,11 @@ def nar_file(number: int) -> str:
     return f"nars/{text[-2:]}/{text}.nar"
 
 
+def sparse_file(number: int) -> str:
+    """Path of a NAR file of which only some parts are there."""
+    return nar_file(number) + ".sparse"
+
+
 def node_id(number: int, entry: int) -> int:
     """The kernel's node id of an entry of a store path."""
     return number << 24 | entry
@@ -449,6 +454,17 @@ class TreeIndex:
                 raise FormatError("record lies outside", where=_WHERE)
             at = self.buffer[record] | self.buffer[record + 1] << 8 | self.buffer[record + 2] << 16
         return self.entry(at)
+
+    def path(self, number: int) -> bytes:
+        """Where an entry stands below the root (``b"bin/bash"``; the root itself: b""). FormatError when it stands nowhere."""
+        names = []
+        while number:
+            entry = self.entry(number)
+            if entry.parent >= number:
+                raise FormatError(f"entry {number} has no place", where=_WHERE)
+            names.append(entry.name)
+            number = entry.parent
+        return b"/".join(reversed(names))
 
     def walk(self) -> Iterator[tuple[bytes, Entry]]:
         """(path below the root, entry) of everything, depth first in NAR order; the root is b""."""

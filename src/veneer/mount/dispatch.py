@@ -311,7 +311,7 @@ class Worker:
             size = READ_BUFFER
         nar = self._open_nars.young.get(number) or self._contents.get(number)
         start += offset
-        if nar is not None and (nar.whole or (nar.start <= start and start + size <= nar.end)):
+        if nar is not None and (nar.whole or nar.covers(start, start + size)):
             buffer = self._buffer
             into = buffer[16 : 16 + size]
             try:

@@ -2,7 +2,7 @@
 
 Any thread parks; one thread (``run``) connects, sends, receives, watches time limits, and hands parked requests back to
 be answered. What is missing is asked for once, however many requests wait for it: the key is the name, or the path number
-for a tree or content. When the daemon dies everything asked is asked again of the next one.
+for a tree, and its block for content. When the daemon dies everything asked is asked again of the next one.
 
 I4: a parked request is answered exactly once: by the daemon's reply, its time limit, an interrupt, or a quarantine;
     whoever takes it out of ``_parked`` under the lock answers it.
@@ -43,7 +43,10 @@ TOUCHED_SECONDS = 5.0
 TOUCHED_WHILE_WAITING = 0.1
 """The same while a reader waits: the sooner the daemon knows how the session reads, the less the next one waits."""
 
-Key = tuple[Kind, int | bytes]
+Key = tuple[Kind, int | bytes, int]
+"""Of a question: its kind, the path's name or number, and which BLOCK of a content."""
+BLOCK = 1 << 17
+"""Bytes of a NAR, about one read of the kernel: readers of one block wait for one answer."""
 
 
 @dataclass(slots=True)
@@ -57,7 +60,7 @@ class Parked:
     """When it began to wait, or the daemon last said that it gets on: what the time limit counts from."""
     asked: dict[Kind, int] = field(default_factory=dict)
     """How often the daemon was asked for this one in particular."""
-    key: Key = (Kind.LOOKUP, b"")
+    key: Key = (Kind.LOOKUP, b"", 0)
 
     @property
     def is_root_lookup(self) -> bool:
@@ -129,7 +132,7 @@ class Misses:
                 raise DaemonError(f"{MAX_PARKED} requests wait for the store daemon already")
             if (older := self._parked.get(unique)) is not None:
                 self._unpark(older)  # the kernel sent it again
-            parked.key = (kind, key)
+            parked.key = (kind, key, what[1] // BLOCK if isinstance(what, tuple) else 0)
             self._parked[unique] = parked
             ask = self._asks.get(parked.key)
             if ask is not None:
@@ -325,7 +328,7 @@ class Misses:
             for parked in waiting:
                 del self._parked[parked.unique & ~RESENT]
         try:
-            code, story = self._outcome(*ask.key, frame)
+            code, story = self._outcome(*ask.key[:2], frame)
         except (OSError, FormatError) as error:  # I4: they are in nobody else's hands
             for parked in waiting:
                 self._fail(parked, errno.EIO, f"the store daemon's answer is of no use: {error}")
@@ -360,8 +363,8 @@ class Misses:
             return errno.ENOENT, None
         elif frame.kind is Kind.READY and kind is not Kind.LOOKUP:
             if kind is Kind.CONTENT:
-                number, start, end, whole = request_wire.ready(frame.body)
-                self._contents.ready(number, start, end, whole=whole)
+                number, start, end, whole, inode = request_wire.ready(frame.body)
+                self._contents.ready(number, start, end, whole=whole, inode=inode)
         else:
             raise FormatError(f"{frame.kind.name} as a reply to {kind.name}", where="request protocol")
         return 0, None
@@ -406,7 +409,7 @@ class Misses:
             del self._asks[ask.key]
 
     def _fail(self, parked: Parked, code: int, story: str) -> None:
-        kind, key = parked.key
+        kind, key, _ = parked.key
         self._stories.tell(
             code, f"{kind.name} {key.decode('ascii', 'replace') if isinstance(key, bytes) else key}", story
         )

@@ -41,18 +41,19 @@ QUARANTINE_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Bytes [start, end) of a path's NAR may be read; ``whole``: from the final file."""
+    """Bytes [start, end) of a path's NAR may be read: from the final file (``whole``), or the one with ``inode``."""
 
     number: int
     start: int
     end: int
     whole: bool
+    inode: int = 0
 
 
 class Download:
     """One NAR under way, begun by the view ``owner``.
 
-    ``prefix``: bytes of the growing file that readers may have who defer the verification of ``source``.
+    ``prefix``: bytes of the growing file (``inode``) that readers may have who defer the verification of ``source``.
     ``deferred``: the URLs of the sources for which the owner does.
     """
 
@@ -62,6 +63,7 @@ class Download:
         self.deferred = deferred
         self.source = ""
         self.prefix = 0
+        self.inode = 0
         self.task: asyncio.Task[int] | None = None
         self.grew = asyncio.Event()
 
@@ -166,7 +168,7 @@ class Fetcher:
         end = min(offset + size, download.row.nar_size)
         while deferred & download.deferred and not task.done():
             if download.prefix >= end and download.source in deferred:
-                return Ready(download.row.number, 0, download.prefix, whole=False)
+                return Ready(download.row.number, 0, download.prefix, whole=False, inode=download.inode)
             grew = asyncio.create_task(download.grew.wait())
             try:
                 await asyncio.wait({grew, task}, return_when=asyncio.FIRST_COMPLETED)
@@ -230,6 +232,7 @@ class Fetcher:
         make = nars.partial if deferred else nars.incoming
         incoming = make(row.number, row.nar_size)
         download.source = candidate.source.url
+        download.inode = incoming.inode
         pipe = ChunkPipe()
 
         def progress(size: int) -> None:  # worker thread

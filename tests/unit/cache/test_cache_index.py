@@ -218,7 +218,7 @@ def test_whole_nars_come_least_recently_used_first(index: Index) -> None:
         index.set_nar(add(index, i, now=used).number, NarState.WHOLE, 4096)
     add(index, 9, now=1.0)
     index.touch([(add(index, 1).number, 99.0)])
-    assert [row.store_path for row in index.whole_nars()] == [store_path(2), store_path(0), store_path(1)]
+    assert [row.store_path for row in index.nars()] == [store_path(2), store_path(0), store_path(1)]
 
 
 def test_a_file_written_anew_while_syncing_stays_unsynced(index: Index) -> None:

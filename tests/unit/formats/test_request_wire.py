@@ -31,7 +31,7 @@ def test_frames_survive_any_cut_of_the_stream(frames: list[Frame], data: st.Data
 @given(U64, U64, U64, st.booleans())
 def test_bodies_come_back_as_they_went(a: int, b: int, c: int, whole: bool) -> None:
     assert wire.content(wire.content_body(a, b, c)) == (a, b, c)
-    assert wire.ready(wire.ready_body(a, b, c, whole=whole)) == (a, b, c, whole)
+    assert wire.ready(wire.ready_body(a, b, c, whole=whole, inode=a)) == (a, b, c, whole, a)
     assert wire.found(wire.found_body(a, b)) == (a, b)
     assert wire.path_number(wire.path_number_body(a)) == a
     (body,) = wire.touched_bodies([(a, b), (c, a)])

@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def nar(directory: Path) -> Nar:
     file = directory / "1.nar"
     file.write_bytes(bytes(SIZE))
-    return Nar(os.open(file, os.O_RDONLY | os.O_CLOEXEC), 0, 1 << 63, whole=True)
+    return Nar(os.open(file, os.O_RDONLY | os.O_CLOEXEC), whole=True)
 
 
 def test_a_read_that_waits_brings_its_neighbourhood(tmp_path: Path, asked: list[tuple[int, int]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.stub_daemon import StubDaemon
+from veneer.formats.tree_index import nar_file
 from veneer.model.errors import NotFoundError, SourceError
 from veneer.mount.content import Contents
 from veneer.mount.recent import Recent
@@ -61,14 +62,15 @@ def test_growing_file_knows_what_is_readable_and_becomes_whole(tmp_path: Path) -
     store.add("p", {b"f": b"x" * 1000}, number=7)
     dirfd = os.open(tmp_path, os.O_RDONLY)
     contents = Contents(dirfd)
-    contents.ready(7, 0, 100, whole=False)
+    contents.ready(7, 0, 100, whole=False, inode=1)
     assert contents.get(7) is None
     store.publish_nar(7, part=500)
-    contents.ready(7, 0, 100, whole=False)
-    contents.ready(7, 100, 300, whole=False)
+    inode = (tmp_path / f"{nar_file(7)}.part").stat().st_ino
+    contents.ready(7, 0, 100, whole=False, inode=inode)
+    contents.ready(7, 100, 300, whole=False, inode=inode)
     nar = contents.get(7)
     assert nar is not None
-    assert (nar.start, nar.end, nar.whole) == (0, 300, False)
+    assert nar.covers(0, 300) and not nar.covers(0, 301) and not nar.whole
     store.publish_nar(7)
     contents.ready(7, 0, 1000, whole=True)
     nar = contents.get(7)
