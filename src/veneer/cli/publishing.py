@@ -22,7 +22,7 @@ from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
 from veneer.publish.contents import Content, Contents, directory_tree, nar_file
 from veneer.publish.encode import Encoder
-from veneer.publish.plan import Plan, make_plan, unsigned
+from veneer.publish.plan import Plan, bundle_objects, make_plan, unsigned
 from veneer.publish.target import Target, open_target
 from veneer.publish.upload import Done, Publisher, begin_cache, check_cache, present
 from veneer.sources.nix_database import NixDatabase
@@ -63,10 +63,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Paths to publish and where their contents come from."""
+    """Paths to publish and where their contents come from. ``asked``: those that were asked for by name."""
 
     infos: tuple[UnverifiedPathInfo, ...]
     contents: Contents
+    asked: tuple[StorePath, ...]
 
 
 def publish_all(output: Output, settings: Settings, request: Request, found: Found) -> None:
@@ -75,7 +76,7 @@ def publish_all(output: Output, settings: Settings, request: Request, found: Fou
     encoder = Encoder(level=request.level, frame_size=request.frame_size, jobs=request.jobs)
     with encoder, open_target(parse_source_url(request.to), fsync=request.fsync, ca_file=ca_file) as target:
         check_cache(target, DEFAULT_STORE_DIR)
-        plan = make_plan(found.infos, present(target, found.infos))
+        plan = make_plan(found.infos, present(target, found.infos), found.asked)
         _check_signed(plan, request)
         for path in plan.other:
             output.warning(f"{target.url} keeps another build of {path}")
@@ -98,7 +99,7 @@ def view_paths(output: Output, settings: Settings, names: list[str], *, closure:
         infos = tuple(_info(row) for row in rows)
         contents = _CacheContents(settings)
         try:
-            yield Found(infos, contents.open)
+            yield Found(infos, contents.open, tuple(StorePath.parse(name) for name in names))
         finally:
             contents.close()
 
@@ -129,7 +130,7 @@ def environment_paths(output: Output, settings: Settings, name: str) -> Found:
     def open_tree(info: UnverifiedPathInfo) -> Iterator[Content]:
         yield directory_tree(upper / info.store_path.basename)
 
-    return Found(tuple(infos), open_tree)
+    return Found(tuple(infos), open_tree, tuple(info.store_path for info in infos))
 
 
 class _CacheContents:
@@ -209,7 +210,8 @@ def _names(paths: Iterable[StorePath]) -> str:
 def _print_plan(output: Output, target: Target, plan: Plan, request: Request) -> None:
     chunk_map = request.key is not None
     rows = [(upload.info, upload.objects(chunk_map=chunk_map)) for upload in plan.uploads]
-    lines = [f"{name}  {info.store_path}" for info, names in rows for name in names]
+    added = [(info, bundle_objects(info.store_path.hash_part)) for info in plan.bundles]
+    lines = [f"{name}  {info.store_path}" for info, names in (*rows, *added) for name in names]
     lines.append(
         f"{count(len(rows), 'store path')} to publish, {format_size(plan.nar_size)} uncompressed;"
         f" {len(plan.present)} there already"
@@ -221,6 +223,7 @@ def _print_plan(output: Output, target: Target, plan: Plan, request: Request) ->
             for info, names in rows
         ],
         "present": [path.basename for path in plan.present],
+        "bundles": [{"path": info.store_path.basename, "objects": list(names)} for info, names in added],
     }
     output.result("\n".join(lines), document)
 
@@ -234,6 +237,7 @@ def _print_done(output: Output, target: Target, plan: Plan, done: Done) -> None:
         "to": target.url,
         "published": sorted(path.basename for path in done.paths),
         "present": [path.basename for path in plan.present],
+        "bundles": sorted(path.basename for path in done.bundles),
         "other_builds": [path.basename for path in plan.other],
         "nar_size": done.nar_size,
         "file_size": done.file_size,

@@ -1,7 +1,7 @@
 """Carries a plan out: paths in parallel, each object whole, narinfos in the plan's order (P1, P2 of ``plan``).
 
 A run that fails or is killed leaves a valid cache: what has a narinfo has everything that it refers to in the plan. The
-next run finds those paths there; NAR files are named by their content, so one that is there with the right size is not
+next run finds those paths there, and makes the bundles that are missing; NAR files are named by their content, so one that is there with the right size is not
 sent again. A NAR is uploaded only after its hash and size were those of its path.
 """
 
@@ -14,7 +14,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from veneer.formats import cache_info, narinfo
+from veneer.formats import bundle, cache_info, narinfo
+from veneer.formats.bundle import write_bundle
 from veneer.formats.cache_info import CacheInfo, parse_cache_info, write_cache_info
 from veneer.formats.chunk_map import NARINFO_KEY, SUFFIX, UnverifiedChunkMap, write_chunk_map
 from veneer.formats.listing import write_listing
@@ -26,6 +27,7 @@ from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
 
+from .bundles import SmallObjects, collect
 from .contents import Contents
 from .encode import Encoded, Encoder
 from .plan import Plan, Upload
@@ -40,9 +42,10 @@ Advance = Callable[[dict[str, object]], None]
 
 @dataclass(slots=True)
 class Done:
-    """What a run did. Sizes in bytes; ``sent`` counts NAR files that were not there."""
+    """What a run did. Sizes in bytes; ``sent`` counts NAR files that were not there. ``bundles``: whose were written."""
 
     paths: list[StorePath] = field(default_factory=list)
+    bundles: list[StorePath] = field(default_factory=list)
     nar_size: int = 0
     file_size: int = 0
     sent: int = 0
@@ -93,6 +96,7 @@ class Publisher:
         self, target: Target, encoder: Encoder, contents: Contents, *, key: SecretKey | None, jobs: int
     ) -> None:
         self._target = target
+        self._objects = SmallObjects(target)
         self._encoder = encoder
         self._contents = contents
         self._key = key
@@ -120,6 +124,8 @@ class Publisher:
         first = next((error for error in failures if not isinstance(error, _StoppedError)), None)
         if first is not None:
             raise first
+        for root in plan.bundles:
+            self._add_bundle(root, done)
         return done
 
     def _one(
@@ -131,7 +137,10 @@ class Publisher:
         for future in before:
             if future.exception() is not None:
                 raise _StoppedError
-        self._target.put(f"{info.store_path.hash_part}.narinfo", write_narinfo(info))
+        text = write_narinfo(info)
+        if upload.bundled:
+            text = self._store_bundle(info, text, done)
+        self._objects.put(f"{info.store_path.hash_part}.narinfo", text)
         with self._lock:
             done.paths.append(info.store_path)
             done.nar_size += info.nar_size
@@ -161,10 +170,33 @@ class Publisher:
         part = info.store_path.hash_part
         listing = _listing(tree)
         if listing is not None:
-            self._target.put(f"{part}.ls", listing)
+            self._objects.put(f"{part}.ls", listing)
         if self._key is not None:
-            self._target.put(f"{part}{SUFFIX}", write_chunk_map(_chunk_map(named, encoded, self._key)))
+            self._objects.put(f"{part}{SUFFIX}", write_chunk_map(_chunk_map(named, encoded, self._key)))
         return named, sent
+
+    def _store_bundle(self, info: UnverifiedPathInfo, text: bytes, done: Done) -> bytes:
+        """The narinfo to write, after the bundle is there that it announces: ``text`` when there is nothing to bundle."""
+        part = info.store_path.hash_part
+        said = text if bundle.is_announced(info) else bundle.announced(text, part)
+        entries = collect(self._objects, info, said)
+        if not entries:
+            return text
+        self._target.put(part + bundle.SUFFIX, write_bundle(part, entries))
+        with self._lock:
+            done.bundles.append(info.store_path)
+        return said
+
+    def _add_bundle(self, root: UnverifiedPathInfo, done: Done) -> None:
+        """For a root that was there: its narinfo stays byte for byte, but for the line that announces the bundle."""
+        name = f"{root.store_path.hash_part}.narinfo"
+        text = self._target.read(name, narinfo.MAX_SIZE)
+        if text is None:
+            return  # somebody removed it meanwhile
+        info = parse_narinfo(text, store_dir=root.store_dir)
+        said = self._store_bundle(info, text, done)
+        if said != text:
+            self._target.put(name, said)
 
     def _encode(self, info: UnverifiedPathInfo, file: Path) -> tuple[Node, Encoded]:
         where = info.store_path.absolute(info.store_dir)
