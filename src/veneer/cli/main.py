@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "Show the idea on this machine: offline, without Nix, in seconds.",
     "fetch": "Bring store paths into the cache ahead of time.",
     "ls": "List environments, or a store path's files without mounting anything.",
+    "trace": "Show what a command read.",
     "cat": "Print a file of a store path without mounting anything.",
     "status": "Show the daemon, its sources, the cache and recent failures.",
     "doctor": "Find what is wrong with the machine, the sources or Nix, and the fix.",

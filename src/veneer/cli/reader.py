@@ -78,7 +78,7 @@ class StoreReader:
                 if tree.number != path_number:
                     # The tree came from a listing that was not that of this NAR: look again.
                     del self._trees[basename]
-                    found = self.tree(basename).find(_path_in(tree, entry))
+                    found = self.tree(basename).find(tree.path(entry.number))
                     if found is None or found.kind not in (Kind.FILE, Kind.EXECUTABLE):
                         raise VeneerError("the file is not in the verified content", where=basename)
                     entry = found
@@ -121,14 +121,6 @@ class StoreReader:
 
 def _basename(path: list[bytes]) -> str:
     return StorePath.parse(path[0].decode("ascii", "replace")).basename
-
-
-def _path_in(tree: TreeIndex, entry: Entry) -> bytes:
-    names: list[bytes] = []
-    while entry.number:
-        names.append(entry.name)
-        entry = tree.entry(entry.parent)
-    return b"/".join(reversed(names))
 
 
 def _below_store(target: bytes, path: list[bytes]) -> bytes:

@@ -6,6 +6,7 @@ The document of ``veneer run --report``; times in seconds, sizes in bytes:
      "closure": {"paths": n, "bytes": n} or null    (of all paths touched; null: nobody could say)
      "fetched": n                                    (over the wire, metadata included)
      "requests": n, "waited": float, "touched": n,
+     "prefetched": {"paths", "done", "changed", "unmatched", "skipped", "failed", "bytes": n}    (with --prefetch; `Prefetched`)
      "paths": {base name: {"touched": bool, "bytes": n read by the kernel, "first_touch": seconds after the start or null,
                            "wait": float, "fetched": n over the wire, "fetched_nar": n}},
      "failures": [{"at": seconds since the epoch, "errno", "where", "why"}]    (the last ones that readers met)
@@ -47,6 +48,7 @@ def combine(
         "requests": number(daemon or {}, "requests"),
         "waited": round(sum(_seconds(row, "wait_seconds") for row in served.values()), 6),
         "touched": sum(1 for row in paths.values() if row["touched"]),
+        **({"prefetched": daemon["prefetched"]} if daemon and "prefetched" in daemon else {}),
         "paths": paths,
         "failures": list(_list(mount, "failures")),
         "failure_count": number(mount, "failure_count"),

@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable
 
 import veneer
 from veneer.formats.narinfo import parse_narinfo
+from veneer.formats.trace import from_rows
 from veneer.model.errors import UsageError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
+from veneer.store.prefetch import Prefetch
 from veneer.store.store import Store
 
 from .checking import run_check
@@ -45,6 +47,7 @@ class Control:
         self._verbs: dict[str, Verb] = {
             "status": self._status,
             "fetch": self._fetch,
+            "prefetch": self._prefetch,
             "closure": self._closure,
             "gc": self._gc,
             "verify": self._verify,
@@ -130,6 +133,25 @@ class Control:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return {"paths": len(infos), "nar_bytes": total, "wire_bytes": account.wire_bytes - before}
+
+    async def _prefetch(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """Have what the rows of a trace (``formats.trace``) tell in the cache. ``strict``: the first failure is raised, at the end."""
+        rows = request.get("trace")
+        if not isinstance(rows, list):
+            raise UsageError("no trace given")
+        trace = await asyncio.to_thread(from_rows, rows)
+        roots = _paths({"paths": request["roots"]}) if request.get("roots") else []
+        before = session.account.wire_bytes
+        work = Prefetch(self._store, session.view, session.account, trace, roots)
+        try:
+            await work.run(progress)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        if work.failure is not None and request.get("strict", False):
+            raise work.failure
+        return {**work.outcome.report(), "wire_bytes": session.account.wire_bytes - before}
 
     async def _closure(
         self, session: Session, request: dict[str, object], progress: Progress

@@ -30,6 +30,7 @@ from veneer.model.store_path import StorePath
 
 from .content import Contents
 from .misses import Misses, Parked
+from .recording import Recording
 from .session import Session, negotiate
 from .stories import Stories
 from .tally import Tally
@@ -78,6 +79,7 @@ class Shared:
         stories: Stories,
         tally: Tally,
         host_store: int | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.cache_dirfd = cache_dirfd
         self.trees = trees
@@ -87,6 +89,8 @@ class Shared:
         self.tally = tally
         self.host_store = host_store
         """The directory of the store that lies beneath ours in an overlay."""
+        self.recording = recording
+        """For a trace, when somebody wants one."""
         self.session: Session | None = None
         self.agreed: Callable[[Session], None] = _keep_to_oneself
 
@@ -129,6 +133,8 @@ class Worker:
         handlers[wire.STATFS] = self._statfs
         handlers[wire.INIT] = self._init
         handlers[wire.INTERRUPT] = self._interrupt
+        if shared.recording is not None:
+            handlers[wire.LOOKUP], handlers[wire.READ] = self._recorders(shared.recording)
         self._handlers = handlers
 
     # The loop.
@@ -334,6 +340,25 @@ class Worker:
                 "NAR file ends early; asked the daemon for it again",
             )
         return self._park_content(unique, request, length, number, start, size)
+
+    def _recorders(self, recording: Recording) -> tuple[Handler, Handler]:
+        """LOOKUP and READ, noted as well."""
+        numbers = self._trees.numbers
+
+        def lookup(unique: int, node: int, request: bytearray, length: int) -> Reply:
+            reply = self._lookup(unique, node, request, length)
+            if node == ROOT_NODE:
+                name = bytes(request[wire.IN_SIZE : length - 1])
+                number = numbers.get(name)
+                if number is not None:
+                    recording.looked_up(number, name)
+            return reply
+
+        def read(unique: int, node: int, request: bytearray, length: int) -> Reply:
+            recording.read(node, *_offset_and_size(request))
+            return self._read(unique, node, request, length)
+
+        return lookup, read
 
     # The file system as a whole.
 

@@ -18,6 +18,7 @@ from veneer.model.errors import VeneerError
 from .content import Contents
 from .dispatch import Reply, Shared, Worker
 from .misses import MISS_SECONDS, Misses, Parked
+from .recording import Recording
 from .session import Session
 from .stories import Events, Stories, Story, no_events
 from .tally import PathReport, Tally
@@ -43,6 +44,7 @@ class MountServer:
     takes over a mount that runs already. ``agreed``: told of a new session before INIT is answered; must not raise.
     ``since``: when the mount's first server began, in monotonic seconds (default: now). ``host_store``: descriptor of a store directory that an overlay has beneath this mount;
     names in it are absent here. It must be one that answers at once, for it is asked by the threads that answer the kernel.
+    ``recording``: what notes touches for a trace.
     ``run`` may be called once.
     """
 
@@ -59,6 +61,7 @@ class MountServer:
         agreed: Callable[[Session], None] | None = None,
         since: float | None = None,
         host_store: int | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self._fd = fuse_fd
         self._threads = threads
@@ -70,7 +73,14 @@ class MountServer:
             cache_dirfd, view, self._trees, self._contents, self._stories, self._tally, seconds=miss_seconds
         )
         self._shared = Shared(
-            cache_dirfd, self._trees, self._contents, self._misses, self._stories, self._tally, host_store
+            cache_dirfd,
+            self._trees,
+            self._contents,
+            self._misses,
+            self._stories,
+            self._tally,
+            host_store,
+            recording,
         )
         self._shared.session = session
         if agreed is not None:

@@ -21,6 +21,23 @@ class PathCount:
     requests: int = 0
 
 
+@dataclass(slots=True)
+class Prefetched:
+    """What came of a trace that was brought, in its paths. ``changed``: another path stood for it. ``unmatched``: nobody has it, nor one like it.
+    ``skipped``: the cache may not hold it as well. ``bytes``: of NARs, wanted of those that are done."""
+
+    paths: int
+    done: int = 0
+    changed: int = 0
+    unmatched: int = 0
+    skipped: int = 0
+    failed: int = 0
+    bytes: int = 0
+
+    def report(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
 @dataclass(slots=True, eq=False)
 class Account:
     """Counters of one session. Memory: a row per store path known to the session."""
@@ -42,6 +59,8 @@ class Account:
     ahead_bytes: int = 0
     ahead_wants: int = 1
     """The least ``access.allowance`` at which more would be fetched unasked."""
+    prefetched: Prefetched | None = None
+    """Of the trace that was brought, as far as it is by now."""
 
     def ask(self, path: StorePath, nar_size: int) -> None:
         """Note that the content of ``path`` was wanted by a reader."""
@@ -98,6 +117,7 @@ class Account:
                 for path, c in self.paths.items()
             },
         }
+            **({} if self.prefetched is None else {"prefetched": self.prefetched.report()}),
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,180 @@
+"""``--trace FILE``: what mount servers note while a command runs (``formats.touches``), and the trace that is made of it.
+
+The notes lie in a temporary file, which survives every server; its path is what servers and their successors are told. The trace
+is written when the block ends, however it ends: then with what was touched until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from veneer.cli.client import Client
+from veneer.cli.options import split_store_path
+from veneer.cli.output import Output, count
+from veneer.formats import touches, trace
+from veneer.formats.trace import Trace, TracedFile, TracedPath
+from veneer.formats.tree_index import Kind, TreeIndex, tree_file
+from veneer.model.errors import FormatError, LimitError, UsageError, VeneerError
+from veneer.model.hashes import Hash
+from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
+
+TREE_SECONDS = 5.0
+"""How long the daemon may take to have a tree again that was evicted."""
+
+OpenTree = Callable[[int, StorePath], TreeIndex | None]
+"""(path number, its name) -> its tree; None: it is not there any more."""
+
+
+@contextlib.contextmanager
+def recorded(file: str, cache_dir: Path, client: Callable[[], Client], output: Output) -> Iterator[Path]:
+    """Gives the path of the notes, for ``RunSpec.notes``; writes the trace to ``file`` at the end.
+
+    ``client``: the daemon at the end. UsageError: the file cannot be written. VeneerError at the end, unless the block
+    raised: then a warning.
+    """
+    target = Path(file).absolute()  # the command may take the directory away from under us
+    if target.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UsageError("a trace cannot be written there", where=file)
+    fd, name = tempfile.mkstemp(prefix="veneer-touches-")
+    os.close(fd)
+    notes = Path(name)
+    try:
+        yield notes
+    except BaseException:
+        try:
+            _finish(notes, target, cache_dir, client, output)
+        except VeneerError as error:
+            output.warning(f"no trace: {error.story()}")
+        raise
+    else:
+        _finish(notes, target, cache_dir, client, output)
+    finally:
+        notes.unlink(missing_ok=True)
+
+
+def _finish(notes: Path, target: Path, cache_dir: Path, client: Callable[[], Client], output: Output) -> None:
+    data = notes.read_bytes()
+    if len(data) > touches.MAX_SIZE - 2 * touches.ROW_SIZE - 256:
+        output.warning("the trace is cut off: more was read than it can hold")
+    made = made_of(touches.parse(data), _Trees(cache_dir, client).open)
+    with contextlib.suppress(LimitError):
+        write(target, trace.encode(made))
+        output.note(f"trace of {count(len(made), 'store path')} in {target}")
+        return
+    half = made
+    while half:
+        half = half[: len(half) // 2]
+        with contextlib.suppress(LimitError):
+            write(target, trace.encode(half))
+            output.warning(f"the trace is cut off after {count(len(half), 'store path')}: it is too large")
+            return
+
+
+def made_of(rows: Iterable[touches.Touched], open_tree: OpenTree) -> Trace:
+    """The trace. Paths without a tree are left out, and reads of what is no file."""
+    names: dict[int, StorePath] = {}
+    reads: dict[int, dict[int, list[tuple[int, int]]]] = {}
+    for row in rows:
+        if row.name is not None:
+            names.setdefault(row.number, row.name)
+        else:
+            reads.setdefault(row.number, {}).setdefault(row.entry, []).append((row.offset, row.size))
+    paths = []
+    for number, name in names.items():
+        tree = open_tree(number, name)
+        if tree is not None:
+            files = _files(tree, reads.get(number, {}))
+            paths.append(TracedPath(name, Hash("sha256", tree.nar_hash), tree.nar_size, tuple(files)))
+    return trace.from_rows(trace.to_rows(tuple(paths)))  # a path that was condemned has two numbers
+
+
+def _files(tree: TreeIndex, reads: dict[int, list[tuple[int, int]]]) -> Iterator[TracedFile]:
+    for number, ranges in reads.items():
+        try:
+            entry = tree.entry(number)
+            name = tree.path(number)
+        except FormatError:
+            continue
+        if entry.kind <= Kind.EXECUTABLE:
+            clipped = trace.clip(ranges, entry.size)
+            if clipped:
+                yield TracedFile(name, entry.size, clipped)
+
+
+def write(target: Path, data: bytes) -> None:
+    """The file, whole or as it was before. VeneerError."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise VeneerError(f"cannot write the trace: {error.strerror}", where=str(target)) from error
+
+
+def read(file: str) -> Trace:
+    """A trace's file. UsageError: it cannot be read. FormatError: it is none."""
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(trace.MAX_SIZE + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the trace: {error.strerror}", where=file) from error
+    try:
+        return trace.decode(data)
+    except FormatError as error:
+        where = f"{file}: {error.where}" if error.where else file
+        raise FormatError(error.what, where=where, hint=error.hint) from error
+
+
+def request(made: Trace, roots: Sequence[str] = ()) -> dict[str, object]:
+    """Arguments of the daemon's ``prefetch``."""
+    return {"trace": trace.to_rows(made), "roots": list(roots)}
+
+
+def roots_in(words: Sequence[str]) -> list[str]:
+    """Base names of the store paths that a command line names, and of the program's when it is a link to one."""
+    found: dict[str, None] = {}
+    program = words[0] if words else ""
+    for word in (*words, os.path.realpath(program) if "/" in program else ""):
+        if word.startswith(DEFAULT_STORE_DIR + "/"):
+            with contextlib.suppress(UsageError):
+                found[split_store_path(word)[0]] = None
+    return list(found)
+
+
+@dataclass(slots=True)
+class _Trees:
+    """Of the cache directory; one that was evicted meanwhile is asked for again."""
+
+    cache_dir: Path
+    client: Callable[[], Client]
+    gone: bool = field(default=False)
+    """The daemon does not answer."""
+
+    def open(self, number: int, name: StorePath) -> TreeIndex | None:
+        try:
+            return self._map(number)
+        except FileNotFoundError:
+            pass
+        except (OSError, VeneerError):
+            return None
+        if self.gone:
+            return None
+        try:
+            self.client().control("tree", {"path": name.basename}, seconds=TREE_SECONDS)
+            return self._map(number)
+        except FileNotFoundError:
+            return None  # it has another number by now
+        except (OSError, VeneerError):
+            self.gone = True
+            return None
+
+    def _map(self, number: int) -> TreeIndex:
+        with open(self.cache_dir / tree_file(number), "rb") as file:
+            return TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,0 +1,138 @@
+"""Loads what a trace tells ahead of the reads: metadata of all its paths at once, contents in order of first touch.
+
+It is background work: readers go first, its failures are stories, and it takes no more than the cache may hold. Each path
+goes through by itself, so that the first contents move while the last narinfos are asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from collections.abc import Callable, Collection
+
+from veneer.formats.trace import Ranges, Trace, TracedPath
+from veneer.formats.tree_index import TreeIndex
+from veneer.model.errors import FormatError, VeneerError
+from veneer.model.store_path import StorePath
+
+from .account import Account, Prefetched
+from .resolve import AbsentError
+from .store import Store
+from .trace_match import nar_ranges, successors
+from .views import View
+
+PARALLEL_METADATA = 64
+PARALLEL_WHOLE = 4
+"""Paths without a listing whose trees come with their NARs."""
+
+Progress = Callable[[dict[str, object]], None]
+
+
+class Prefetch:
+    """One trace for one session; event loop only. ``run`` may be called once.
+
+    ``roots``: what will be run, as far as that is known: what is not of their closure is looked for in it.
+    """
+
+    def __init__(
+        self, store: Store, view: View, account: Account, trace: Trace, roots: Collection[StorePath] = ()
+    ) -> None:
+        self._store = store
+        self._view = view
+        self._account = account
+        self._trace = trace
+        self._roots = roots
+        self._metadata = asyncio.Semaphore(PARALLEL_METADATA)
+        self._whole = asyncio.Semaphore(PARALLEL_WHOLE)
+        self._size = 0
+        self.outcome = account.prefetched = Prefetched(len(trace))
+        self.failure: VeneerError | None = None
+        """The first."""
+
+    async def run(self, progress: Progress) -> Prefetched:
+        """Until everything is here that can be had. VeneerErrors are stories, and counted."""
+        total = sum(traced.bytes for traced in self._trace)
+        done = size = 0
+
+        async def one(traced: TracedPath, path: StorePath) -> None:
+            nonlocal done, size
+            await self._one(traced, path)
+            done += 1
+            size += traced.bytes
+            progress({"paths_done": done, "paths": len(self._trace), "bytes_done": size, "bytes": total})
+
+        stand_ins = await self._stand_ins()
+        async with asyncio.TaskGroup() as group:
+            for traced in self._trace:
+                group.create_task(one(traced, stand_ins.get(traced.path, traced.path)))
+        return self.outcome
+
+    async def _stand_ins(self) -> dict[StorePath, StorePath]:
+        """Path of the trace -> the one of the roots' closure that stands for it. Where the roots are in the trace, so is their closure."""
+        known = [traced.path for traced in self._trace]
+        if not set(self._roots) - set(known):
+            return {}
+        closure: set[StorePath] = set()
+        for root in self._roots:
+            try:
+                closure |= (await self._store.closure(self._view, [root], self._account)).keys()
+            except VeneerError as error:
+                self._failed(str(root), error)
+        changed = [path for path in known if path not in closure]
+        return successors(changed, closure, known)
+
+    async def _one(self, traced: TracedPath, path: StorePath) -> None:
+        outcome = self.outcome
+        try:
+            fits = await self._loaded(traced, path)
+        except AbsentError:
+            outcome.unmatched += 1
+        except VeneerError as error:
+            outcome.failed += 1
+            self._failed(str(path), error)
+        else:
+            outcome.done += fits
+            outcome.skipped += not fits
+            outcome.changed += fits and path != traced.path
+
+    async def _loaded(self, traced: TracedPath, path: StorePath) -> bool:
+        """Whether it fitted."""
+        store, view, account = self._store, self._view, self._account
+        async with self._metadata:
+            info = await store.resolver.path_info(view, path, account)
+            listed = await store.listed(view, info, account)
+        if not listed:  # its tree comes with its NAR, whatever is wanted of it
+            if not self._fits(info.info.nar_size):
+                return False
+            async with self._whole:
+                await store.lookup(view, path, account)
+            return True
+        row = await store.lookup(view, path, account)
+        if traced.files:
+            ranges = await asyncio.to_thread(self._ranges, row.number, traced)
+            self.outcome.bytes += sum(size for _, size in ranges)
+            if ranges:
+                if not self._fits(row.nar_size):
+                    return False
+                await store.ahead(view, path, account)
+        return True
+
+    def _ranges(self, number: int, traced: TracedPath) -> Ranges:
+        """On a worker thread. FormatError also when the tree was just evicted."""
+        try:
+            with open(self._store.cache.trees.path(number), "rb") as file:
+                tree = TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"its tree cannot be read: {error}", where=str(traced.path)) from error
+        return nar_ranges(traced.files, tree)
+
+    def _fits(self, size: int) -> bool:
+        limit = self._store.cache.max_bytes
+        if limit is not None and self._size + size > limit:
+            return False
+        self._size += size
+        return True
+
+    def _failed(self, where: str, error: VeneerError) -> None:
+        self._store.stories.add(f"prefetch {where}", error)
+        self.failure = self.failure or error
