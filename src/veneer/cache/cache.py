@@ -55,39 +55,50 @@ class SyncBatch:
     files: tuple[Unsynced, ...]
 
     def run(self, go_on: Callable[[], bool] = lambda: True) -> SyncBatch:
-        """fdatasync of the files, fsync of their directories, then of the index. CacheError when one fails.
+        """fdatasync of the files, fsync of their directories, then of the index; then the marks. CacheError when one fails.
 
         What was made safe: less than all where ``go_on``, asked before each file, said no.
         """
         directories: set[Path] = set()
         done: list[Unsynced] = []
+        synced: dict[Path, recovery.Version] = {}
         at = self.root
         try:
             for file in self.files:
                 if not go_on():
                     break
                 at = self.root / recovery.NAMES[file.kind](file.number)
-                if _sync(at, os.fdatasync):
+                version = _sync(at, os.fdatasync)
+                if version is not None:
+                    synced[at] = version
                     directories.update((at.parent, at.parent.parent))
                 done.append(file)
             for at in directories:
                 _sync(at, os.fsync)
+            at = self.root / directory.INDEX
+            _sync(
+                at.with_name(at.name + "-wal"), os.fdatasync
+            )  # a reader may keep the checkpoint from doing it
+            checkpoint(at)
+            for at, version in synced.items():
+                recovery.mark(at, version)
         except OSError as error:
             raise directory.cache_error(error, at, "write to") from error
-        checkpoint(self.root / directory.INDEX)
         return SyncBatch(self.root, tuple(done))
 
 
-def _sync(path: Path, sync: Callable[[int], None]) -> bool:
+def _sync(path: Path, sync: Callable[[int], None]) -> recovery.Version | None:
+    """What was synced; None: dropped meanwhile, and its mark with it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False  # dropped meanwhile, and its mark with it
+        return None
     try:
+        version = recovery.version(fd)
         sync(fd)
+        return version
     finally:
         os.close(fd)
-    return True
 
 
 def read_boot_id() -> str:
@@ -257,7 +268,9 @@ class Cache:
             index.forget_files(trees=[row.number for row in index.with_files()])
             index.set_fact("tree_format", tree_format)
         doubtful = index.unsynced() if power_lost else []
-        steps = recovery.plan(index.with_files(), recovery.scan(self.root), doubtful=doubtful)
+        steps = recovery.plan(
+            index.with_files(), recovery.scan(self.root), doubtful=doubtful, power_lost=power_lost
+        )
         recovery.act(self.root, index, steps)
         index.mark_synced(doubtful)  # what was read back came from the disk; what differed is gone
         if boot != index.fact("boot"):

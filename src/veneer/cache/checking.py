@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import sqlite3
@@ -29,12 +30,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from veneer.formats.tree_index import TreeIndex, nar_file, tree_file
+from veneer.formats.tree_index import TreeIndex, nar_file, sparse_file, tree_file
 from veneer.model.errors import CacheError, FormatError
 from veneer.model.store_path import StorePath
 
 from . import directory
 from .cache import Cache
+from .chunk_maps import ChunkMap, ChunkMaps
 from .directory import PUBLISHED, cache_error
 from .index import DamagedIndexError, Index, NarState, PathRow, TreeState, damage_mark
 
@@ -119,16 +121,21 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A file that a row may promise. ``examine``: what is wrong with the open file's content, "" if nothing is."""
+    """A file that a row may promise.
+
+    ``examine(file, row, known, read)``: what is wrong with the open file's content, "" if nothing is; in any thread.
+    ``known``: what it needs of the index, from ``look_up``, which runs on the index's thread.
+    """
 
     name: str
     file: Callable[[int], str]
     promised: Callable[[PathRow], bool]
     size: Callable[[PathRow], int | None]
-    examine: Callable[[IO[bytes], PathRow, bytes, Read], str]
+    look_up: Callable[[Index, PathRow], Any]
+    examine: Callable[[IO[bytes], PathRow, Any, Read], str]
 
 
-def _wrong_nar(file: IO[bytes], row: PathRow, generation: bytes, read: Read) -> str:
+def _wrong_nar(file: IO[bytes], row: PathRow, known: None, read: Read) -> str:
     hasher = row.nar_hash.hasher()
     while piece := file.read(_PIECE):
         hasher.update(piece)
@@ -151,11 +158,43 @@ def _wrong_tree(file: IO[bytes], row: PathRow, generation: bytes, read: Read) ->
     return ""
 
 
+def _wrong_chunk(file: IO[bytes], row: PathRow, known: ChunkMap | None, read: Read) -> str:
+    if known is None or known.present is None:
+        return "nothing says which of its chunks are there"
+    for chunk, here in zip(known.chunks, known.present, strict=True):
+        if here:
+            data = os.pread(file.fileno(), chunk.size, chunk.offset)
+            read(len(data))
+            if hashlib.sha256(data).digest() != chunk.digest:
+                return f"the chunk at {chunk.offset} is not the signed one"
+    return ""
+
+
 KINDS = (
     Kind(
-        "tree", tree_file, lambda r: r.tree is not TreeState.NONE, lambda r: r.tree_size or None, _wrong_tree
+        "tree",
+        tree_file,
+        lambda row: row.tree is not TreeState.NONE,
+        lambda row: row.tree_size or None,
+        lambda index, row: index.generation,
+        _wrong_tree,
     ),
-    Kind("nar", nar_file, lambda r: r.nar is NarState.WHOLE, lambda r: r.nar_size, _wrong_nar),
+    Kind(
+        "nar",
+        nar_file,
+        lambda row: row.nar is NarState.WHOLE,
+        lambda row: row.nar_size,
+        lambda index, row: None,
+        _wrong_nar,
+    ),
+    Kind(
+        "sparse",
+        sparse_file,
+        lambda row: row.nar is NarState.SPARSE,
+        lambda row: row.nar_size,
+        lambda index, row: ChunkMaps(index).get(row.number),
+        _wrong_chunk,
+    ),
 )
 
 
@@ -199,7 +238,8 @@ def check(
     after = 0
     while rows := index.with_files_after(after, BATCH):
         after = rows[-1].number
-        findings: list[Finding] = yield partial(_examine, root, rows, index.generation, reading)
+        todo = [(row, kind, kind.look_up(index, row)) for row in rows for kind in KINDS if kind.promised(row)]
+        findings: list[Finding] = yield partial(_examine, root, todo, reading)
         report.trees += sum(row.tree is not TreeState.NONE for row in rows)
         report.nars += sum(row.nar is not NarState.NONE for row in rows)
         settle(findings)
@@ -282,18 +322,12 @@ def mark_damaged(root: Path) -> None:
 # -- in any thread
 
 
-def _examine(root: Path, rows: list[PathRow], generation: bytes, read: Read) -> list[Finding]:
-    found = []
-    for row in rows:
-        for kind in KINDS:
-            if kind.promised(row):
-                fault = _examined(root, row, kind, generation, read)
-                if fault is not None:
-                    found.append(fault)
-    return found
+def _examine(root: Path, todo: list[tuple[PathRow, Kind, Any]], read: Read) -> list[Finding]:
+    found = (_examined(root, row, kind, known, read) for row, kind, known in todo)
+    return [finding for finding in found if finding is not None]
 
 
-def _examined(root: Path, row: PathRow, kind: Kind, generation: bytes, read: Read) -> Finding | None:
+def _examined(root: Path, row: PathRow, kind: Kind, known: Any, read: Read) -> Finding | None:
     name = kind.file(row.number)
     about = partial(Finding, kind=kind.name, name=name, number=row.number, store_path=row.store_path)
     identity = None
@@ -313,7 +347,7 @@ def _examined(root: Path, row: PathRow, kind: Kind, generation: bytes, read: Rea
                 return about(Fault.CUT, identity=identity, reason=reason)
             # The disk's bytes, not those that the kernel keeps; and nobody else's pages pushed out by ours.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            reason = kind.examine(file, row, generation, read)
+            reason = kind.examine(file, row, known, read)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return about(Fault.WRONG, identity=identity, reason=reason) if reason else None
     except OSError as error:
@@ -416,8 +450,8 @@ def _settle(
             if finding.fault is Fault.WRONG:
                 index.replace_path(finding.number, clock())
                 notices.condemned(finding)
-                (root / tree_file(finding.number)).unlink(missing_ok=True)
-                (root / nar_file(finding.number)).unlink(missing_ok=True)
+                for file in (root / kind.file(finding.number) for kind in KINDS):
+                    file.unlink(missing_ok=True)
                 index.forget_files(trees=[finding.number], nars=[finding.number])
             else:
                 file.unlink(missing_ok=True)

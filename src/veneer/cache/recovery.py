@@ -6,6 +6,8 @@ R2  A row without its file, or with a file of another size, is reset; the path i
 R3  After a power loss (the kernel's boot id is another one than at the last start, or unknown) files that had not been
     synced are hashed: NARs against their hash, the chunks of sparse ones against theirs, trees against the digest inside. What differs is removed and reset;
     NARs beyond REHASH_BYTES are not read but removed, because a start may not take minutes.
+    The rows that list them may be lost as well, while those of an earlier file of the same number, synced and evicted since,
+    come back. So a synced file also bears a mark itself, set once its rows are on the disk (``mark``), and one without it is hashed.
 R4  First files, then rows, in one transaction: a crash in here only leaves work for the next start.
 """
 
@@ -26,6 +28,8 @@ from .sparse import holds_its_chunks
 
 REHASH_BYTES = 1 << 30
 """NAR bytes hashed at most at a start after a power loss: about a second or two."""
+SYNCED = 1
+"""Modification time, in seconds, of files that were synced. Every write gives them another."""
 _PIECE = 1 << 20
 NAMES = {"nar": nar_file, "sparse": sparse_file, "tree": tree_file}
 """Kind of a file -> its name in the cache, from the path number."""
@@ -37,6 +41,7 @@ class FoundFile:
 
     name: str
     size: int
+    synced: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,35 +75,41 @@ def plan(
     files: Iterable[FoundFile],
     *,
     doubtful: Iterable[Unsynced] = (),
+    power_lost: bool = False,
     rehash_bytes: int = REHASH_BYTES,
 ) -> list[Step]:
     """Steps after which files and rows agree.
 
-    ``rows``: those that should have a file. ``doubtful``: files that a power loss may have emptied, oldest first.
+    ``rows``: those that should have a file. ``doubtful``: files that a power loss may have emptied, oldest first;
+    ``power_lost``: and those that are not marked as synced.
     """
-    found = {file.name: file.size for file in files}
+    found = {file.name: file for file in files}
     steps: list[Step] = []
     wanted: set[str] = set()
     kept: dict[tuple[int, str], FileRow] = {}
     for row in rows:
         for kind, name, right_size in _files_of(row):
-            size = found.get(name)
-            if size is None or row.quarantined or (right_size is not None and size != right_size):
+            file = found.get(name)
+            if file is None or row.quarantined or right_size not in (None, file.size):
                 steps.append(Reset(row.number, kind))
             else:
                 wanted.add(name)
                 kept[row.number, kind] = row
-    for file in reversed(list(doubtful)):  # the newest are the likeliest to be wanted again
-        doubted = kept.get((file.number, file.kind))
+    # The newest are the likeliest to be wanted again.
+    suspects = dict.fromkeys((file.number, file.kind) for file in reversed(list(doubtful)))
+    if power_lost:
+        suspects |= dict.fromkeys(key for key in kept if not found[NAMES[key[1]](key[0])].synced)
+    for number, kind in suspects:
+        doubted = kept.get((number, kind))
         if doubted is None:
             continue
-        if file.kind != "tree":
+        if kind != "tree":
             rehash_bytes -= doubted.nar_size
-        if file.kind == "tree" or rehash_bytes >= 0:
-            steps.append(Rehash(file.number, file.kind))
+        if kind == "tree" or rehash_bytes >= 0:
+            steps.append(Rehash(number, kind))
         else:
-            wanted.discard(NAMES[file.kind](file.number))
-            steps.append(Reset(file.number, file.kind))
+            wanted.discard(NAMES[kind](number))
+            steps.append(Reset(number, kind))
     steps += [Remove(name) for name in found if name not in wanted]
     return steps
 
@@ -131,7 +142,9 @@ def _files(root: Path, directory: str) -> Iterator[FoundFile]:
     with os.scandir(root / directory) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
-                yield FoundFile(f"{directory}/{entry.name}", entry.stat(follow_symlinks=False).st_size)
+                status = entry.stat(follow_symlinks=False)
+                synced = status.st_mtime_ns == SYNCED * 10**9
+                yield FoundFile(f"{directory}/{entry.name}", status.st_size, synced)
 
 
 def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
@@ -143,7 +156,9 @@ def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
                 (root / step.name).unlink(missing_ok=True)
             elif isinstance(step, Reset):
                 resets.append(step)
-            elif not _is_whole(root, index, step):
+            elif _is_whole(root, index, step):
+                _sync(root / NAMES[step.kind](step.number))
+            else:
                 (root / NAMES[step.kind](step.number)).unlink(missing_ok=True)
                 resets.append(Reset(step.number, step.kind))
     except OSError as error:
@@ -153,6 +168,38 @@ def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
             trees=[reset.number for reset in resets if reset.kind == "tree"],
             nars=[reset.number for reset in resets if reset.kind != "tree"],
         )
+
+
+Version = tuple[int, int]
+"""Of a file's content: another file of its name has another, and so has the same one once it was written to."""
+
+
+def version(fd: int) -> Version:
+    status = os.fstat(fd)
+    return status.st_ino, status.st_ctime_ns
+
+
+def mark(path: Path, of: Version) -> None:
+    """Says on the file that its bytes and its rows are on the disk, unless it is not this version any more. OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if version(fd) == of:
+            os.utime(fd, (SYNCED, SYNCED))
+    finally:
+        os.close(fd)
+
+
+def _sync(path: Path) -> None:
+    """For a file that was read and is right: it may have been copied here just now."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fdatasync(fd)
+        os.utime(fd, (SYNCED, SYNCED))
+    finally:
+        os.close(fd)
 
 
 def _is_whole(root: Path, index: Index, step: Rehash) -> bool:

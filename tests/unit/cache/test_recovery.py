@@ -256,3 +256,41 @@ def test_directory_that_cannot_be_read_is_an_error_of_the_cache(
     assert "belong to the daemon's user" in caught.value.hint
     monkeypatch.undo()
     open_cache(tmp_path).close()  # the lock was given back
+
+
+def test_after_power_loss_a_file_that_replaced_a_synced_one_is_not_believed(tmp_path: Path) -> None:
+    """The index on the disk may know only the first one, which was synced; the second never was."""
+    root = tmp_path / "cache"
+    with open_cache(root) as cache:
+        number, kept = add_nar(cache, 0).number, add_nar(cache, 1).number
+        cache.end_sync(cache.begin_sync().run())
+    shutil.copy(root / "index.sqlite", tmp_path / "on-disk")
+    with open_cache(root) as cache:
+        cache.nars.drop(number)
+        add_nar(cache, 0)
+    shutil.copy(tmp_path / "on-disk", root / "index.sqlite")
+    file = root / nar_file(number)
+    file.chmod(0o600)
+    file.write_bytes(bytes(file.stat().st_size))
+    with open_cache(root, boot="boot-2") as cache:
+        assert row(cache, number).nar is NarState.NONE
+        assert files(root) == {nar_file(kept)}
+        assert cache.repaired.rehashed == 1
+
+
+def test_sync_does_not_vouch_for_a_file_that_came_meanwhile(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        first, second = add_nar(cache, 0).number, add_nar(cache, 1).number
+        asked: list[None] = []
+
+        def go_on() -> bool:
+            asked.append(None)
+            if len(asked) == 2:  # the first is synced, and not yet marked
+                cache.nars.drop(first)
+                add_nar(cache, 0)
+            return True
+
+        cache.end_sync(cache.begin_sync().run(go_on))
+        assert cache.nars.path(second).stat().st_mtime == 1
+        assert cache.nars.path(first).stat().st_mtime != 1
+        assert [file.number for file in cache.index.unsynced()] == [first]
