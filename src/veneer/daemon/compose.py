@@ -44,7 +44,7 @@ def build_view(config: ViewConfig, cache: Cache, clock: Clock, tell: Tell = unhe
         if parsed.scheme == "local":  # what it has may go, and come back with another content
             return inner, is_trusted(parsed)
         remembered = RememberedSource(
-            inner, cache.index, clock, negative_ttl=config.negative_ttl, store_dir=config.store_dir
+            inner, cache.index, clock, negative_ttl=config.negative_ttl, store_dir=config.store_dir, tell=tell
         )
         return remembered, parsed.trusted
 

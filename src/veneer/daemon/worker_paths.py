@@ -163,14 +163,14 @@ class KnownPaths:
             account = self._waiting.pop(path)
             info = self._resolver.remembered(self.view, path)
             if info is None:
-                self._start(path, account)
+                self._start(path, account, ahead=True)
             else:
                 self._found(path, info)
                 self._queue(info.info.references, account)
         self._pump()
 
-    def _start(self, path: StorePath, account: Account) -> asyncio.Task[PathInfo]:
-        task = asyncio.create_task(self._resolve(path, account), name=f"path info {path}")
+    def _start(self, path: StorePath, account: Account, *, ahead: bool = False) -> asyncio.Task[PathInfo]:
+        task = asyncio.create_task(self._resolve(path, account, ahead), name=f"path info {path}")
         self._asking[path] = task  # W2
         task.add_done_callback(_retrieved)
         return task
@@ -182,8 +182,10 @@ class KnownPaths:
             self.replies.keep(info)
         self._trusted(path)
 
-    async def _resolve(self, path: StorePath, account: Account) -> PathInfo:
+    async def _resolve(self, path: StorePath, account: Account, ahead: bool) -> PathInfo:
         try:
+            if ahead:
+                await self._resolver.bundled(self.view, path)
             info = await self._resolver.path_info(self.view, path, account)
             self._found(path, info)
         finally:

@@ -37,6 +37,7 @@ async def resolve_closure(
 
     async def worker() -> None:
         while (path := await queue.get()) is not None:
+            await resolver.bundled(view, path)
             info = await resolver.path_info(view, path, account)
             found[path] = info
             for reference in info.info.references:

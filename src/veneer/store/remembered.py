@@ -4,6 +4,9 @@ Positive answers stay for ever (a store path's narinfo may gain signatures, but 
 they turn out to be of no use (``doubt``): a byte was flipped on the way, or the NAR lies elsewhere now.
 Negative answers are believed for the view's ``negative_ttl`` seconds. Concurrent questions for one hash part share one
 request. Listings are not kept here: they become tree indexes.
+
+A narinfo that announces a bundle (``bundled``) has it fetched at once, unless most of what it refers to is known. What a
+bundle says is remembered like an answer. Should it be of no use, the source itself is asked at once, not after a time.
 """
 
 from __future__ import annotations
@@ -13,21 +16,34 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 
 from veneer.cache.index import Index
+from veneer.formats import bundle
 from veneer.formats.cache_info import CacheInfo
 from veneer.formats.narinfo import parse_narinfo, write_narinfo
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.sources.base import Meter, Source, unmetered
+from veneer.sources.opening import Tell, unheard
+
+from .bundled import BundledPath, Bundles
 
 PARSED_KEPT = 4096
 """Parsed narinfos held in memory; the rest is in the index."""
+BUNDLED_KEPT = 100_000
 
 
 class RememberedSource:
     """``inner`` with a memory. Implements ``sources.base.Source``."""
 
     def __init__(
-        self, inner: Source, index: Index, clock: Callable[[], float], *, negative_ttl: float, store_dir: str
+        self,
+        inner: Source,
+        index: Index,
+        clock: Callable[[], float],
+        *,
+        negative_ttl: float,
+        store_dir: str,
+        tell: Tell = unheard,
     ) -> None:
+        """``tell``: failures that stop nothing."""
         self._inner = inner
         self._index = index
         self._clock = clock
@@ -37,6 +53,11 @@ class RememberedSource:
         self._open: dict[str, asyncio.Task[UnverifiedPathInfo | None]] = {}
         self._doubted: dict[str, float] = {}
         """Until when doubted answers are believed; hash part -> clock."""
+        self._bundles = Bundles(inner, store_dir, self._take, tell)
+        self._bundled: OrderedDict[str, None] = OrderedDict()
+        """Whose answers came in a bundle, as far as we remember."""
+        self._misled: set[str] = set()
+        """Whose answers came in a bundle and were of no use."""
 
     @property
     def url(self) -> str:
@@ -51,6 +72,8 @@ class RememberedSource:
 
         ``doubted``: also an answer that it is time to ask for again.
         """
+        if not doubted and hash_part in self._misled:
+            return None
         if not doubted and (until := self._doubted.get(hash_part)) is not None and not self._holds(until):
             return None
         info = self._parsed.get(hash_part)
@@ -66,10 +89,26 @@ class RememberedSource:
         return until - self._clock() if self._holds(until) else None
 
     def doubt(self, hash_part: str) -> None:
-        """The path info is not trusted, or there was no NAR where it says: it is believed as long as an absence."""
+        """The path info is not trusted, or there was no NAR where it says: it is believed as long as an absence.
+
+        When it came in a bundle, the source itself has not been asked yet, and is next time.
+        """
+        if hash_part in self._bundled:
+            del self._bundled[hash_part]
+            self._misled.add(hash_part)
+            self._bundles.drop(hash_part)
+            return
         row = self._index.narinfo(self.url, hash_part)
         if row is not None and row.body is not None:
             self._doubted[hash_part] = row.fetched_at + self._ttl
+
+    def is_misled(self, hash_part: str) -> bool:
+        """Whether what is known came in a bundle and was of no use: the source itself may say something else."""
+        return hash_part in self._misled
+
+    async def bundled(self, hash_part: str) -> None:
+        """For those who are in no hurry: wait for the bundle that is to have the path, if one is under way."""
+        await self._bundles.arrived(hash_part)
 
     async def nix_cache_info(self) -> CacheInfo:
         return await self._inner.nix_cache_info()
@@ -85,9 +124,16 @@ class RememberedSource:
             task = asyncio.create_task(self._ask(hash_part, meter))
             self._open[hash_part] = task
             task.add_done_callback(lambda done: self._closed(hash_part, done))
+        if (under_way := self._bundles.under_way(hash_part)) is not None:
+            await asyncio.wait({task, under_way}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and isinstance(known := self.recall(hash_part), UnverifiedPathInfo):
+                return known
         return await asyncio.shield(task)
 
     async def listing(self, hash_part: str, meter: Meter = unmetered) -> bytes | None:
+        kept = self._bundles.take(hash_part, bundle.LISTING)
+        if kept is not None:
+            return kept
         return await self._inner.listing(hash_part, meter)
 
     def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
@@ -99,9 +145,13 @@ class RememberedSource:
     async def sidecar(
         self, hash_part: str, suffix: str, limit: int, meter: Meter = unmetered
     ) -> bytes | None:
+        kept = self._bundles.take(hash_part, suffix) if suffix == bundle.CHUNKS else None
+        if kept is not None and len(kept) <= limit:
+            return kept
         return await self._inner.sidecar(hash_part, suffix, limit, meter)
 
     async def close(self) -> None:
+        await self._bundles.close()
         for task in list(self._open.values()):
             task.cancel()
         await asyncio.gather(*self._open.values(), return_exceptions=True)
@@ -112,8 +162,36 @@ class RememberedSource:
         body = None if info is None else write_narinfo(info)
         self._index.put_narinfo(self.url, hash_part, body, self._clock())
         self._doubted.pop(hash_part, None)
+        self._misled.discard(hash_part)
+        self._bundled.pop(hash_part, None)
         self._parsed.pop(hash_part, None)
-        return None if info is None else self._keep(hash_part, info)
+        if info is None:
+            return None
+        if bundle.is_announced(info) and self._is_news(info):
+            self._bundles.begin(info, meter)
+        return self._keep(hash_part, info)
+
+    def _is_news(self, root: UnverifiedPathInfo) -> bool:
+        """Whether most of what it refers to would have to be asked for."""
+        parts = {path.hash_part for path in root.references if path != root.store_path}
+        rows = self._index.narinfos(self.url, parts)
+        return 2 * sum(row.body is not None for row in rows.values()) < len(parts)
+
+    def _take(self, paths: list[BundledPath]) -> None:
+        """Remember what a bundle says, where the source itself has not said it yet. CacheError."""
+        rows = self._index.narinfos(self.url, [path.info.store_path.hash_part for path in paths])
+        for path in paths:
+            part = path.info.store_path.hash_part
+            row = rows.get(part)
+            if row is None or row.body is None:
+                self._index.put_narinfo(self.url, part, path.narinfo, self._clock())
+                self._bundled[part] = None
+                self._keep(part, path.info)
+            elif not _is_same(self.recall(part, doubted=True), path.info):
+                continue  # the bundle is older: its listing and chunk map are of another NAR file
+            self._bundles.keep(part, path.beside)
+        while len(self._bundled) > BUNDLED_KEPT:
+            self._bundled.popitem(last=False)
 
     def _holds(self, until: float) -> bool:
         return 0 < until - self._clock() <= self._ttl  # more: the clock was set back since
@@ -128,3 +206,8 @@ class RememberedSource:
         del self._open[hash_part]
         if not task.cancelled():
             task.exception()  # its waiters have it; without any, the failure is the next question's
+
+
+def _is_same(known: UnverifiedPathInfo | float | None, info: UnverifiedPathInfo) -> bool:
+    """Whether both are of the same NAR file."""
+    return isinstance(known, UnverifiedPathInfo) and (known.nar_hash, known.url) == (info.nar_hash, info.url)

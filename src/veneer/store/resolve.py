@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from veneer.model.errors import HashMismatchError, NotFoundError, SourceError, VeneerError
+from veneer.model.errors import FormatError, HashMismatchError, NotFoundError, SourceError, VeneerError
 from veneer.model.hashes import Hash
 from veneer.model.path_info import PathInfo, UnverifiedPathInfo
 from veneer.model.store_path import StorePath
@@ -57,18 +57,21 @@ class Resolver:
         seen: dict[StorePath, tuple[Source, UnverifiedPathInfo]] = {}
         try:
             async for source, unverified in self._answers(view, path.hash_part, account, failures):
-                self._compare(seen, source, unverified)
-                if unverified.store_path != path:
-                    doubt(source, path)
-                    continue
-                try:
-                    info = self._verified(view, source, unverified)
-                except VeneerError as error:
-                    doubt(source, path)
-                    failures.append(error)
-                    continue
-                given = True
-                yield Candidate(source, info)
+                said: UnverifiedPathInfo | None = unverified
+                while said is not None:
+                    self._compare(seen, source, said)
+                    if said.store_path != path:
+                        doubt(source, path)
+                    else:
+                        try:
+                            info = self._verified(view, source, said)
+                        except VeneerError as error:
+                            doubt(source, path)
+                            failures.append(error)
+                        else:
+                            given = True
+                            yield Candidate(source, info)
+                    said = await _asked_itself(source, path, account, failures)
         finally:
             for failure in failures:
                 if given and isinstance(failure, RestingError):
@@ -90,6 +93,12 @@ class Resolver:
     async def path_info(self, view: View, path: StorePath, account: Account) -> PathInfo:
         """The best candidate's path info."""
         return (await self.best(view, path, account)).info
+
+    async def bundled(self, view: View, path: StorePath) -> None:
+        """Before questions about many paths: wait for what a bundle under way will tell of this one."""
+        for source in view.chain.sources:
+            if isinstance(source, RememberedSource):
+                await source.bundled(path.hash_part)
 
     def remembered(self, view: View, path: StorePath) -> PathInfo | None:
         """What ``path_info`` would give, where that can be told without asking anybody; None where it cannot.
@@ -190,6 +199,19 @@ def doubt(source: Source, path: StorePath) -> None:
     """What ``source`` said of ``path`` was of no use: it is asked again, though not at once."""
     if isinstance(source, RememberedSource):
         source.doubt(path.hash_part)
+
+
+async def _asked_itself(
+    source: Source, path: StorePath, account: Account, failures: list[Exception]
+) -> UnverifiedPathInfo | None:
+    """What the source itself says, where its bundle's word was doubted just now; None where there is nothing more to hear."""
+    if not isinstance(source, RememberedSource) or not source.is_misled(path.hash_part):
+        return None
+    try:
+        return await source.path_info(path.hash_part, account.book_metadata)
+    except (SourceError, FormatError) as error:
+        failures.append(error)
+        return None
 
 
 def _believed(view: View, path: StorePath) -> float:
