@@ -27,7 +27,7 @@ from veneer.formats.chunk_map import MAX_CHUNK
 from veneer.formats.seekable_zstd import Frame
 from veneer.model.errors import FormatError, TruncatedError
 
-from .compression import XZ_MEMORY, Readable
+from .compression import OUTPUT_PIECE, XZ_MEMORY, Readable
 
 GRID = 256 << 10
 MAX_FRAMES = 1 << 18
@@ -204,12 +204,22 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 def _decode_xz(data: bytes, size: int) -> bytes:
     before, after = xz_index.around(data, size)
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+    encoded = b"".join((before, data, after))
+    # In pieces: the decoder puts its output together under the interpreter lock, the last join works without it.
+    pieces = []
+    rest = size
     try:
-        decoded = decoder.decompress(b"".join((before, data, after)), size)
+        while rest and not decoder.eof:
+            piece = decoder.decompress(encoded, min(rest, OUTPUT_PIECE))
+            if not piece and decoder.needs_input:
+                break
+            encoded = b""
+            pieces.append(piece)
+            rest -= len(piece)
         if not decoder.eof:  # no more content comes, but what follows it still has to be checked
-            decoded += decoder.decompress(b"", 1)
+            pieces.append(decoder.decompress(encoded, 1))
     except lzma.LZMAError as error:
         raise FormatError(f"corrupt: {error}", where="xz block") from error
     if not decoder.eof or decoder.unused_data:
         raise FormatError("not one block of its size", where="xz block")
-    return decoded
+    return b"".join(pieces)

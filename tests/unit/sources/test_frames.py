@@ -310,6 +310,31 @@ def test_every_changed_byte_is_refused_or_seen_by_a_digest(kind: str) -> None:
         assert not passed
 
 
+@pytest.mark.parametrize("compression", ["zstd", "xz"])
+def test_every_changed_byte_of_a_file_is_refused_or_seen_by_digests(compression: str) -> None:
+    sizes = (100, 300)
+    file = (
+        zstd_file(SHORT, sizes)
+        if compression == "zstd"
+        else xz_tool(SHORT, "-T1", "--block-list=100,300,500", "--check=crc32")
+    )
+    frames = found(compression, file, len(SHORT))
+    assert frames is not None
+    digests = {
+        frame: hashlib.sha256(part).digest() for frame, part in zip(frames, cut(SHORT, sizes), strict=True)
+    }
+    for at in range(len(file)):
+        changed = bytearray(file)
+        changed[at] ^= 0x21
+        try:
+            for frame in found(compression, bytes(changed), len(SHORT)) or ():
+                decoded = decode_frame(compression, encoded(frame, bytes(changed)), frame.size)
+                if digests.get(frame) == hashlib.sha256(decoded).digest():
+                    assert decoded == SHORT[frame.offset : frame.offset + frame.size]
+        except FormatError:
+            continue
+
+
 @given(compression=st.sampled_from(["zstd", "xz"]), data=st.binary(max_size=300), size=st.integers(1, 1000))
 def test_any_bytes_are_decoded_or_refused(compression: str, data: bytes, size: int) -> None:
     try:
