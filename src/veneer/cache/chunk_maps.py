@@ -79,6 +79,10 @@ class ChunkMaps:
                     (_key(chunk.digest), number, ordinal),
                 )
 
+    def any(self) -> bool:
+        """Whether there is any chunk map."""
+        return self._index._one("SELECT 1 FROM chunk_maps LIMIT 1") is not None
+
     def holders(self, digest: bytes, but: int) -> list[tuple[int, int]]:
         """(path number, ordinal) of chunks that may have this digest and be here, of others than number ``but``."""
         found = self._index._all(

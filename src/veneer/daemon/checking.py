@@ -58,7 +58,7 @@ async def run_check(
         cache.index,
         drop=drop,
         clock=clock,
-        busy=lambda: store.fetcher.busy,
+        busy=lambda: store.busy,
         read=read,
         notices=Notices(dropped, condemned),
     )

@@ -185,11 +185,11 @@ class RequestServer:
     async def _with_signs(self, session: Session, frame: Frame) -> Frame:
         """The reply; meanwhile a PROGRESS every SIGN_SECONDS in which content arrived, so that nobody gives up on a big NAR."""
         replying = asyncio.create_task(self._reply(session, frame))
-        moved = self._store.fetcher.moved
+        moved = self._store.moved
         try:
             while not (await asyncio.wait({replying}, timeout=self._sign_seconds))[0]:
-                if self._store.fetcher.moved != moved:
-                    moved = self._store.fetcher.moved
+                if self._store.moved != moved:
+                    moved = self._store.moved
                     session.send(Frame(Kind.PROGRESS, frame.id, json.dumps({"moved": moved}).encode()))
         except asyncio.CancelledError:
             replying.cancel()

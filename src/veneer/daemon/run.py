@@ -93,7 +93,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         lambda config: build_view(
             config, cache, time.time, lambda about, error: store.stories.add(about, error)
         ),
-        lambda: store.fetcher.owners,
+        lambda: store.owners,
     )
     notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
     store = build_store(cache, time.time, notices, settings.limits)

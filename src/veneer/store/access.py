@@ -3,7 +3,11 @@
 Reading one path after the other leaves link and processors idle in turns, so what will be read is better fetched in
 parallel. Two things tell: a session *asked* for half of all the bytes that it can know of; or it *scans*, as tar, cp and
 grep -r do: it read the paths that it asked for from end to end, which programs that use a store never do. Below
-that, nothing is fetched that nobody read. Pure: figures in, decision out.
+that, nothing is fetched that nobody read.
+
+Within one NAR that can be had in parts it is the same question: below ``SMALL`` it is fetched whole, a reader that goes on where
+it was before gets a growing window ahead of it, and what is half here is completed. No part is fetched twice, so all that
+this can cost above reading everything is its requests. Pure: figures in, decision out.
 """
 
 from __future__ import annotations
@@ -21,6 +25,17 @@ MIN_SCANNED = 6
 """Paths read from end to end before it is called a scan: a script and its data are fewer."""
 AHEAD = 6
 """Bytes fetched ahead of a scan for each byte that it has read: what it costs when the scan ends there."""
+
+SMALL = 512 << 10
+"""Bytes of a NAR's file that are fetched at once: a fast link moves as much in the time that another question takes."""
+COMPLETE = 0.5
+"""Of a NAR's bytes: when they are here, the rest is fetched. It costs at most as much again."""
+FIRST_WINDOW, LAST_WINDOW = 512 << 10, 8 << 20
+"""Bytes ahead of a reader that goes on: doubled each time it does."""
+NEAR = 256 << 10
+"""From where a reader was, that still counts as going on: kernels skip what they have."""
+READERS = 8
+"""Of one NAR, that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +56,29 @@ def allowance(evidence: Evidence) -> int:
     if evidence.scanned_paths >= MIN_SCANNED and 2 * evidence.scanned_bytes >= evidence.asked_bytes:
         return AHEAD * evidence.scanned_bytes
     return 0
+
+
+class Sequences:
+    """The readers of one NAR: who goes on where it was before, and how far ahead of it to fetch."""
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[int, int]] = []
+        """(where a reader was, its window) of the last READERS, newest last."""
+
+    def ahead(self, start: int, end: int) -> int:
+        """Bytes to fetch after ``end`` for whoever reads [start, end) now; 0 where nothing tells that it will go on."""
+        window = 0
+        for at, (last, before) in enumerate(self._ends):
+            if last - NEAR <= start <= last + NEAR + before:
+                if end <= last:
+                    return 0  # another reader of the same
+                window = min(max(2 * before, FIRST_WINDOW), LAST_WINDOW)
+                del self._ends[at]
+                break
+        self._ends = [*self._ends[1 - READERS :], (end, window)]
+        return window
+
+
+def completes(held: int, nar_size: int) -> bool:
+    """Whether to fetch the rest of a NAR of which ``held`` bytes are here."""
+    return held >= COMPLETE * nar_size

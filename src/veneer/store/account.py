@@ -68,6 +68,11 @@ class Account:
             self.asked[path] = 0
             self.asked_bytes += nar_size
 
+    def ask_part(self, path: StorePath, size: int) -> None:
+        """Note that ``size`` bytes of the content of ``path`` were wanted, which comes in parts."""
+        self.asked.setdefault(path, 0)
+        self.asked_bytes += size
+
     def read(self, path: StorePath, nar_size: int, size: int) -> None:
         """Note that ``size`` bytes more of ``path`` were read; what is read twice counts twice."""
         self.ask(path, nar_size)

@@ -15,12 +15,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from veneer.cache.cache import Cache
 from veneer.cache.index import PathRow
 from veneer.cache.nars import VerifiedNar
+from veneer.formats.chunk_map import is_announced
+from veneer.formats.seekable_zstd import Frame
 from veneer.model.errors import (
     CacheFullError,
     FormatError,
@@ -30,7 +32,9 @@ from veneer.model.errors import (
 )
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
+from veneer.sources.frames import TailKeeper
 
+from . import access
 from .account import Account, Stories
 from .pipe import ChunkPipe
 from .resolve import Candidate, doubt
@@ -80,6 +84,8 @@ Encode = Callable[[PathRow, Node], bytearray]
 """The tree index of a path; called on a worker thread."""
 Admit = Callable[[PathRow, VerifiedNar, Node, bytearray], int]
 """Takes a verified NAR, its tree and the encoded tree into the cache; the path number it now has."""
+Learn = Callable[[int, Candidate, tuple[Frame, ...]], object]
+"""Told of a NAR that was admitted under a number, and of the frames of the file that it came from."""
 
 
 class Fetcher:
@@ -94,12 +100,14 @@ class Fetcher:
         admit: Admit,
         condemn: Callable[[PathRow, VeneerError], object],
         make_room: Callable[[int], bool],
+        learn: Learn,
         *,
         parallel: int,
     ) -> None:
         self._cache = cache
         self._condemn = condemn
         self._make_room = make_room
+        self._learn = learn
         self._stories = stories
         self._clock = clock
         self._encode = encode
@@ -192,7 +200,7 @@ class Fetcher:
                 try:
                     return await self._from(download, candidate, account)
                 except (FormatError, HashMismatchError) as error:
-                    self._quarantine(row, url, error)
+                    self.quarantine(row, url, error)
                     doubt(candidate.source, row.store_path)
                     failures.append(error)
                 except SourceError as error:
@@ -239,10 +247,12 @@ class Fetcher:
             if deferred:
                 loop.call_soon_threadsafe(download.announce, size)
 
+        tail = TailKeeper(pipe)
+
         def receive() -> tuple[VerifiedNar, Node, bytearray]:  # worker thread
             try:
                 verified, tree = receive_nar(
-                    candidate.info, pipe, incoming, progress, where=candidate.source.url
+                    candidate.info, tail, incoming, progress, where=candidate.source.url
                 )
                 return verified, tree, self._encode(row, tree)
             finally:
@@ -274,9 +284,15 @@ class Fetcher:
         count.nar += verified.nar_size
         self._broke.discard(broke)
         try:
-            return self._admit(row, verified, tree, encoded)
+            number = self._admit(row, verified, tree, encoded)
         finally:
             incoming.discard()  # what was not admitted
+        if tail.length > access.SMALL and not is_announced(candidate.info.info):
+            with suppress(FormatError):  # it can be fetched whole only, as it was
+                info = candidate.info.info
+                if (frames := tail.frames(info.compression, info.nar_size)) is not None:
+                    self._learn(number, candidate, frames)
+        return number
 
     async def _settle(self, receiving: asyncio.Future[tuple[VerifiedNar, Node, bytearray]]) -> None:
         """The thread has let go of the file; its error was raised by whoever awaited it first."""
@@ -284,7 +300,8 @@ class Fetcher:
         if not receiving.cancelled():
             receiving.exception()
 
-    def _quarantine(self, row: PathRow, url: str, error: VeneerError) -> None:
+    def quarantine(self, row: PathRow, url: str, error: VeneerError) -> None:
+        """Bar a source from serving this content for QUARANTINE_SECONDS."""
         now = self._clock()
         self._cache.index.quarantine(row.number, error.story(), url, now + QUARANTINE_SECONDS, now)
 

@@ -8,7 +8,7 @@ a new one. S3: nothing is served in a view whose policy refuses the path info.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +16,7 @@ from typing import TypeVar
 from veneer.cache.cache import Cache, Evicted
 from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.cache.nars import VerifiedNar
+from veneer.formats.seekable_zstd import Frame
 from veneer.model.errors import HashMismatchError, NotFoundError, SourceError, VeneerError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
@@ -25,7 +26,8 @@ from .account import Account, Stories
 from .ahead import Ahead
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
-from .resolve import AbsentError, Resolver
+from .parts import Parts
+from .resolve import AbsentError, Candidate, Resolver
 from .trees import PublishedTrees
 from .views import View
 
@@ -81,18 +83,33 @@ class Store:
             self._admit,
             self._condemn,
             self.make_room,
+            self._verified,
             parallel=limits.parallel_downloads,
         )
+        self.parts = Parts(
+            cache,
+            self.stories,
+            self.resolver,
+            cache.index,
+            clock=clock,
+            encode=self._trees.encode,
+            admit=self._admit,
+            spoilt=self._spoilt,
+            make_room=self.make_room,
+            parallel=limits.parallel_downloads,
+        )
+        self._learning: set[asyncio.Task[None]] = set()
         self._ahead = Ahead(self, self.stories)
         self._places = asyncio.Semaphore(max(1, limits.parallel_downloads - READERS_PLACES))
 
     async def close(self) -> None:
         """End everything under way."""
-        ahead = self._ahead.tasks
+        ahead = [*self._ahead.tasks, *self._learning]
         for task in ahead:
             task.cancel()
         await asyncio.gather(*ahead, return_exceptions=True)
         await self._trees.close()
+        await self.parts.close()
         await self.fetcher.close()
 
     async def lookup(self, view: View, path: StorePath, account: Account) -> PathRow:
@@ -119,10 +136,17 @@ class Store:
     async def content(self, view: View, number: int, offset: int, size: int, account: Account) -> Ready:
         """Wait until bytes [offset, offset + size) of the NAR may be read from the cache."""
         row = self._row(number)
-        account.ask(row.store_path, row.nar_size)
+        self.cache.index.touch([(number, self._clock())])
         if self._is_whole(row):
-            self.cache.index.touch([(number, self._clock())])
+            account.ask(row.store_path, row.nar_size)
             return Ready(number, 0, row.nar_size, whole=True)
+        if number not in self.fetcher.busy:
+            span = await self.parts.content(view, row, offset, size, account)
+            if span is not None:
+                self._evidence_changed(view, account)
+                return Ready(number, span[0], span[1], whole=False, inode=span[2])
+            row = self._row(number)
+        account.ask(row.store_path, row.nar_size)
         self._evidence_changed(view, account)
         ready = await self._fetched(
             view, row, account, lambda download: self.fetcher.part(download, offset, size, view.deferred)
@@ -165,6 +189,21 @@ class Store:
             await self.whole(view, path, account)
             return not was_here
 
+    async def load(
+        self, view: View, path: StorePath, ranges: Sequence[tuple[int, int]] | None, account: Account
+    ) -> None:
+        """Have the bytes [(offset, size)] of the NAR in the cache, or all of it: None, or where there are no parts.
+
+        Work that nobody waits for: readers go first.
+        """
+        info = await self.resolver.path_info(view, path, account)
+        row = self._row_of(info)
+        if self._is_whole(row):
+            self.cache.index.touch([(row.number, self._clock())])
+        elif ranges is None or not await self.parts.load(view, row, ranges, account):
+            async with self._places:
+                await self.whole(view, path, account)
+
     async def listed(self, view: View, info: PathInfo, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings."""
         return await self._trees.without_nar(view, self._row_of(info), account)
@@ -184,9 +223,24 @@ class Store:
             account.know(path, info.info.nar_size)
         return found
 
+    @property
+    def busy(self) -> set[int]:
+        """Path numbers of which a file is being written: nothing may drop them."""
+        return self.fetcher.busy | self.parts.busy
+
+    @property
+    def owners(self) -> set[str]:
+        """Identities of the views whose sources are read from."""
+        return self.fetcher.owners | self.parts.owners
+
+    @property
+    def moved(self) -> int:
+        """Encoded bytes that arrived since the start: whether downloads get on."""
+        return self.fetcher.moved + self.parts.moved
+
     def evict(self, max_bytes: int | None = None, *, dry_run: bool = False) -> list[tuple[StorePath, int]]:
         """Make room; returns what went (or would go) with its bytes. Open readers keep what they have."""
-        gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run, busy=self.fetcher.busy)
+        gone = self.cache.evict(max_bytes=max_bytes, dry_run=dry_run, busy=self.busy)
         if not dry_run:
             self._tell(gone)
         return [(evicted.store_path, evicted.size) for evicted in gone]
@@ -275,11 +329,16 @@ class Store:
 
     async def _with_nar(self, view: View, row: PathRow, account: Account) -> PathRow:
         """The path's row once its whole NAR is here."""
-        number = await self._fetched(view, row, account, self.fetcher.whole)
+        number = None
+        if row.number not in self.fetcher.busy:
+            number = await self.parts.whole(view, row, account)
+        if number is None:
+            number = await self._fetched(view, row, account, self.fetcher.whole)
         return self._row(row.number if number is None else number)
 
     def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytearray) -> int:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
+        self.parts.forget(row.number)
         row = self._trees.admit(self._row(row.number), node, encoded)
         self.cache.nars.admit(row.number, verified)
         self.cache.index.touch([(row.number, self._clock())])
@@ -289,21 +348,43 @@ class Store:
     def _condemn(self, row: PathRow, error: VeneerError) -> PathRow:
         """The number is dead for good; the path gets a new one."""
         self.stories.add(str(row.store_path), error)
+        self.parts.forget(row.number)
         fresh = self.cache.index.replace_path(row.number, self._clock())
         self._notices.condemned(row.number, row.store_path)
         self.cache.trees.drop(row.number)  # who has it mapped keeps it
         self.cache.nars.drop(row.number)
         return fresh
 
+    def _spoilt(self, row: PathRow, url: str, error: VeneerError) -> None:
+        """Readers may have had wrong bytes in parts of this NAR: the number is dead, and the source is not asked for it."""
+        self.fetcher.quarantine(row, url, error)
+        self._condemn(row, error)
+
+    def _verified(self, number: int, candidate: Candidate, frames: tuple[Frame, ...]) -> None:
+        """A NAR came whole out of a file with frames: what was learnt lets it come in parts the next time."""
+        row = self.cache.index.path(number)
+        if row is not None:
+            task = asyncio.create_task(
+                self.parts.learn(row, candidate, frames), name=f"digests of {row.store_path}"
+            )
+            self._learning.add(task)
+            task.add_done_callback(self._learnt)
+
+    def _learnt(self, task: asyncio.Task[None]) -> None:
+        self._learning.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self.stories.add(task.get_name(), error)
+
     def make_room(self, need: int = 0) -> bool:
         """Evict to the cache's limit, or for ``need`` bytes on a full disk; whether anything went."""
-        gone = self.cache.evict(need=need, busy=self.fetcher.busy)
+        gone = self.cache.evict(need=need, busy=self.busy)
         self._tell(gone)
         return bool(gone)
 
     def _tell(self, gone: list[Evicted]) -> None:
         for evicted in gone:
             if not evicted.tree:
+                self.parts.forget(evicted.path_number)
                 self._notices.dropped(evicted.path_number)
 
     def _evidence_changed(self, view: View, account: Account) -> None:

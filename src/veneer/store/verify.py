@@ -8,6 +8,9 @@
   changes. Whose keys count is asked of the policy each time, before the memory: a narinfo that changed in a signed field, another
   signature, a key of the same name with other bytes, a view with other keys, none of them finds what it has no right to.
   Failures are not remembered.
+- ``check_chunk_map``: a chunk map is believed when a trusted key signed it, where a narinfo without a signature would not be.
+- ``check_chunk``: a chunk's bytes are those of its digest.
+- ``check_sparse``: a sparse NAR of which all chunks are here becomes ``VerifiedNar``, as if it had arrived as a stream.
 - ``receive_nar``: an encoded NAR stream becomes ``VerifiedNar`` when its decoded bytes have the signed size and hash.
   The NAR's own grammar is checked on the way and gives the tree.
 """
@@ -15,12 +18,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from veneer.cache.nars import IncomingNar, VerifiedNar
+from veneer.cache.sparse import SparseNar
+from veneer.formats.chunk_map import Chunk, UnverifiedChunkMap
 from veneer.formats.nar import NarParser, TreeBuilder
 from veneer.formats.signature import PublicKey, fingerprint
 from veneer.model.errors import (
@@ -108,6 +114,43 @@ def _signed(key: PublicKey, text: bytes, signature: str, memory: SignatureMemory
     return True
 
 
+def check_chunk_map(
+    policy: TrustPolicy,
+    unverified: UnverifiedChunkMap,
+    memory: SignatureMemory,
+    *,
+    source_url: str,
+    source_trusted: bool,
+) -> None:
+    """TrustError when nobody vouches for it: the same conditions as for a narinfo."""
+    if source_trusted or not policy.require_signatures:
+        return
+    text = unverified.fingerprint()
+    for signature in unverified.signatures:
+        name = signature.partition(":")[0]
+        if any(key.name == name and _signed(key, text, signature, memory) for key in policy.keys):
+            return
+    raise TrustError(
+        f"the chunk map of {unverified.store_path} has no valid signature of a trusted key", where=source_url
+    )
+
+
+def check_chunk(chunk: Chunk, data: bytes, *, where: str) -> None:
+    """HashMismatchError when ``data`` is not the chunk's."""
+    if hashlib.sha256(data).digest() != chunk.digest:
+        raise HashMismatchError(
+            f"the chunk at byte {chunk.offset} of the NAR is not the signed one", where=where
+        )
+
+
+def check_sparse(info: PathInfo, nar: SparseNar, *, where: str) -> tuple[VerifiedNar, Node]:
+    """Check a NAR whose chunks are all here against its hash; blocks, for a worker thread. As ``receive_nar``."""
+    with open(os.dup(nar.fileno), "rb", buffering=0) as file:
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        tree = _check(info, lambda: file, lambda piece, size: None, where)
+    return VerifiedNar(nar, info.info.nar_hash, info.info.nar_size), tree
+
+
 def receive_nar(
     info: PathInfo, encoded: Readable, incoming: IncomingNar, progress: Callable[[int], None], *, where: str
 ) -> tuple[VerifiedNar, Node]:
@@ -117,12 +160,25 @@ def receive_nar(
     of ``incoming`` may be used. CutError: it ended early and nobody said how long it is, so it may be good, and it is the
     transfer that is bad. Reads at most one piece beyond the signed size, whatever the stream holds.
     """
+
+    def take(piece: bytes, size: int) -> None:
+        incoming.write(piece)
+        progress(size)
+
+    tree = _check(info, lambda: open_decoder(info.info.compression, encoded), take, where)
+    return VerifiedNar(incoming, info.info.nar_hash, info.info.nar_size), tree
+
+
+def _check(
+    info: PathInfo, decoded: Callable[[], Readable], take: Callable[[bytes, int], None], where: str
+) -> Node:
+    """The tree of the NAR that ``decoded()`` gives, which is the signed one. ``take`` gets each piece, and the size with it."""
     expected = info.info
     hasher = expected.nar_hash.hasher()
     parser, tree = NarParser(), TreeBuilder()
     size = 0
     try:
-        decoder = open_decoder(expected.compression, encoded)
+        decoder = decoded()
         while piece := decoder.read(PIECE):
             size += len(piece)
             if size > expected.nar_size:
@@ -132,8 +188,7 @@ def receive_nar(
                 )
             hasher.update(piece)
             tree.add(parser.feed(piece))
-            incoming.write(piece)
-            progress(size)
+            take(piece, size)
         parser.finish()
     except FormatError as error:
         if isinstance(error, TruncatedError) and expected.file_size is None:
@@ -150,4 +205,4 @@ def receive_nar(
             f" got {found} and {size} bytes",
             where=where,
         )
-    return VerifiedNar(incoming, expected.nar_hash, size), tree.tree()
+    return tree.tree()

@@ -1,0 +1,342 @@
+"""Brings chunks into sparse NARs: asks for each once, checks it, copies what another NAR holds, and lets readers go first.
+
+Invariants P1, P2 and P5 of ``parts`` are kept here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from veneer.cache.cache import Cache
+from veneer.cache.chunk_maps import ChunkMap, ChunkMaps
+from veneer.cache.index import NarState, PathRow
+from veneer.cache.sparse import SparseNar
+from veneer.model.errors import CacheFullError, HashMismatchError
+from veneer.model.path_info import PathInfo
+from veneer.sources.base import Source
+from veneer.sources.frames import decode_frame
+
+from . import access
+from .account import Account
+from .verify import check_chunk
+from .views import View
+
+REQUEST = 4 << 20
+"""Bytes of one request, at most, or one chunk: what is held in memory for each."""
+GAP = 64 << 10
+"""Bytes between two wanted parts that are fetched with them rather than asked for twice."""
+BACKGROUND = 4
+"""Requests at a time that nobody waits for."""
+PATIENCE = 0.05
+"""Seconds for which each of those lets readers go first: a link that is never idle must not stop it for ever."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """Chunks asked for together, of a source of the view ``owner``. ``begun``: the question is out; before that, whoever waits for one asks by himself."""
+
+    owner: str
+    demanded: bool
+    task: asyncio.Task[None] | None = None
+    begun: bool = False
+
+
+@dataclass(eq=False)
+class Part:
+    """A sparse NAR at work. ``verified``: chunks have digests; else they are served to ``deferred`` readers only."""
+
+    row: PathRow
+    nar: SparseNar
+    chunk_map: ChunkMap
+    info: PathInfo
+    verified: bool
+    views: dict[str, str]
+    """Identity of each view that may use it (P1) -> URL of its source that has the file."""
+    fetching: dict[int, _Request] = field(default_factory=dict)
+    """Ordinal -> the request that brings it."""
+    sequences: access.Sequences = field(default_factory=access.Sequences)
+    rest: asyncio.Task[int] | None = None
+    rest_owner: str = ""
+    working: int = 0
+    """Threads and requests that use the file; it is closed after them."""
+    closed: bool = False
+
+    def source(self, view: View) -> Source:
+        """The view's source that has the file."""
+        url = self.views[view.identity]
+        return next(source for source in view.chain.sources if source.url == url)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the file is being written."""
+        return bool(self.working or self.fetching or self.rest)
+
+    def leave(self) -> None:
+        """Whoever added to ``working`` is done."""
+        self.working -= 1
+        if self.closed and not self.working:
+            self.nar.finish()
+
+    def close(self) -> None:
+        self.closed = True
+        if not self.working:
+            self.nar.finish()
+
+
+class ChunkFetcher:
+    """Of one store; event loop only, except where said. ``open_parts``: those in use, by path number."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        maps: ChunkMaps,
+        open_parts: Mapping[int, Part],
+        make_room: Callable[[int], bool],
+        *,
+        parallel: int,
+    ) -> None:
+        self._cache = cache
+        self._maps = maps
+        self._open = open_parts
+        self._make_room = make_room
+        self._wanted = asyncio.Semaphore(2 * parallel)
+        self._unasked = asyncio.Semaphore(BACKGROUND)
+        self._demands = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self.threads = ThreadPoolExecutor(max(2, parallel // 2), thread_name_prefix="chunk")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.moved = 0
+        """Bytes that arrived since the start."""
+
+    async def close(self) -> None:
+        """Cancel every request and wait for the threads."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self.threads.shutdown)
+
+    async def have(
+        self, view: View, part: Part, wanted: Iterable[int], account: Account, *, demanded: bool
+    ) -> None:
+        """Wait until these chunks are present. Whatever a request raises."""
+        missing = [at for at in wanted if not part.nar.present[at]]
+        if not missing:
+            return
+        part.working += 1
+        try:
+            missing = await self._without_copies(part, missing, account)
+            self._ask(view, part, missing, account, demanded=demanded)
+            waits = {part.fetching[at].task for at in missing if at in part.fetching}
+            await asyncio.gather(*(asyncio.shield(task) for task in waits if task is not None))
+        finally:
+            part.leave()
+
+    def _ask(
+        self, view: View, part: Part, missing: Sequence[int], account: Account, *, demanded: bool
+    ) -> None:
+        """Begin requests for what nobody asks for yet (P2)."""
+        unasked = [
+            at
+            for at in missing
+            if not part.nar.present[at]
+            and (
+                (request := part.fetching.get(at)) is None
+                or (demanded and not request.begun and not request.demanded)
+            )
+        ]
+        for group in self._grouped(part, unasked):
+            request = _Request(view.identity, demanded)
+            for at in group:
+                part.fetching[at] = request
+            request.task = asyncio.create_task(
+                self._request(part.source(view), part, request, group, account),
+                name=f"part of {part.row.store_path}",
+            )
+            self._tasks.add(request.task)
+            request.task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits has it; without any, the next reader asks again
+
+    def _grouped(self, part: Part, ordinals: Sequence[int]) -> list[list[int]]:
+        """Ordinals in requests: neighbours together, with small gaps between them, up to REQUEST bytes each."""
+        chunks = part.nar.chunks
+        groups: list[list[int]] = []
+        size = 0
+        for at in ordinals:
+            if groups:
+                last = groups[-1][-1]
+                between = range(last + 1, at)
+                gap = sum(chunks[i].compressed_size for i in between)
+                free = not any(part.nar.present[i] or i in part.fetching for i in between)
+                added = gap + chunks[at].compressed_size
+                if gap <= GAP and free and size + added <= REQUEST:
+                    groups[-1] += [*between, at]
+                    size += added
+                    continue
+            groups.append([at])
+            size = chunks[at].compressed_size
+        return groups
+
+    async def _request(
+        self,
+        source: Source,
+        part: Part,
+        request: _Request,
+        ordinals: list[int],
+        account: Account,
+    ) -> None:
+        """Ask for chunks that lie one after the other, check and keep them."""
+        part.working += 1
+        try:
+            if request.demanded:
+                self._demands += 1
+                self._quiet.clear()
+                try:
+                    async with self._wanted:
+                        request.begun = True
+                        await self._fetch(source, part, ordinals, account)
+                finally:
+                    self._demands -= 1
+                    if not self._demands:
+                        self._quiet.set()
+                return
+            async with self._unasked:
+                await self._let_readers_go_first()
+                request.begun = True
+                mine = [at for at in ordinals if part.fetching.get(at) is request]
+                for group in _runs(mine):
+                    await self._fetch(source, part, group, account)
+        finally:
+            for at in ordinals:
+                if part.fetching.get(at) is request:
+                    del part.fetching[at]
+            part.leave()
+
+    async def _let_readers_go_first(self) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._quiet.wait()
+        except TimeoutError:
+            return
+
+    async def _fetch(self, source: Source, part: Part, ordinals: list[int], account: Account) -> None:
+        first, last = part.nar.chunks[ordinals[0]], part.nar.chunks[ordinals[-1]]
+        start = first.compressed_offset
+        size = last.compressed_offset + last.compressed_size - start
+        path = part.row.store_path
+        data = await source.part(part.info.info, start, size, account.meter(path))
+        self.moved += len(data)
+        held = part.nar.held
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self.threads, self._take_in, part, source.url, ordinals, data)
+        except CacheFullError:
+            if not self._make_room(sum(part.nar.chunks[at].size for at in ordinals)):
+                raise
+            await loop.run_in_executor(self.threads, self._take_in, part, source.url, ordinals, data)
+        self._landed(part, ordinals)
+        account.paths[path].nar += part.nar.held - held
+
+    def _take_in(self, part: Part, url: str, ordinals: list[int], data: bytes) -> None:
+        """Decode, check (P1) and write; on a worker thread. FormatError, HashMismatchError, CacheFullError."""
+        view = memoryview(data)
+        start = part.nar.chunks[ordinals[0]].compressed_offset
+        for at in ordinals:
+            chunk = part.nar.chunks[at]
+            begin = chunk.compressed_offset - start
+            encoded = bytes(view[begin : begin + chunk.compressed_size])
+            decoded = decode_frame(part.chunk_map.compression, encoded, chunk.size)
+            if part.verified:
+                check_chunk(chunk, decoded, where=url)
+            part.nar.write(at, decoded)
+
+    def _landed(self, part: Part, ordinals: list[int]) -> None:
+        if part.closed:
+            return
+        part.nar.landed(ordinals)
+        if part.verified:
+            nar = part.nar
+            self._cache.index.set_nar(nar.number, NarState.SPARSE, nar.disk_size, bytes(nar.present))
+
+    def read_ahead(self, view: View, part: Part, end: int, window: int, account: Account) -> None:
+        """Ask for what the reader wants next, in big pieces: nothing while half of the window is here or under way."""
+        nar = part.nar
+        near = nar.covering(end, min(end + window // 2, nar.nar_size)) if end < nar.nar_size else range(0)
+        if all(nar.present[at] or at in part.fetching for at in near):
+            return
+        self._ask(view, part, nar.covering(end, min(end + window, nar.nar_size)), account, demanded=True)
+
+    async def _without_copies(self, part: Part, missing: list[int], account: Account) -> list[int]:
+        """``missing`` without what other NARs held, which is present now (P2)."""
+        if not part.verified:
+            return missing
+        plan = []
+        maps: dict[int, ChunkMap | None] = {}
+        for at in missing:
+            if at not in part.fetching and (place := self._holder(part, at, maps)) is not None:
+                plan.append((at, *place))  # noqa: PERF401 - a comprehension would hide the two conditions
+        if not plan:
+            return missing
+        done = await asyncio.get_running_loop().run_in_executor(self.threads, self._copy, part, plan)
+        self._landed(part, done)
+        return [at for at in missing if not part.nar.present[at]]
+
+    def _holder(self, part: Part, at: int, maps: dict[int, ChunkMap | None]) -> tuple[str, int] | None:
+        """(file, offset) of a chunk with the same digest. ``maps``: chunk maps that were read already."""
+        chunk = part.nar.chunks[at]
+        for number, ordinal in self._maps.holders(chunk.digest, but=part.row.number):
+            held = self._open.get(number)
+            if held is None and number not in maps:
+                maps[number] = self._maps.get(number)
+            chunk_map = maps[number] if held is None else held.chunk_map
+            if chunk_map is None or chunk_map.chunks[ordinal].digest != chunk.digest:
+                continue
+            whole, sparse = self._cache.nars.files(number)
+            present = chunk_map.present if held is None else held.nar.present
+            if present is None or present[ordinal]:
+                return str(whole if present is None else sparse), chunk_map.chunks[ordinal].offset
+        return None
+
+    def _copy(self, part: Part, plan: list[tuple[int, str, int]]) -> list[int]:
+        """Ordinals that were copied; on a worker thread. What cannot be read or is not right is fetched instead."""
+        done = []
+        for at, file, offset in plan:
+            chunk = part.nar.chunks[at]
+            try:
+                fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    data = os.pread(fd, chunk.size, offset)
+                finally:
+                    os.close(fd)
+                check_chunk(chunk, data, where=file)
+            except (OSError, HashMismatchError):
+                continue  # evicted meanwhile, or of another file by now
+            part.nar.write(at, data)
+            done.append(at)
+        return done
+
+    def shared(self, part: Part) -> int:
+        """Bytes of the NAR that others hold."""
+        chunks = part.nar.chunks
+        maps: dict[int, ChunkMap | None] = {}
+        return sum(c.size for at, c in enumerate(chunks) if self._holder(part, at, maps) is not None)
+
+
+def _runs(ordinals: list[int]) -> list[list[int]]:
+    """Consecutive ones together."""
+    runs: list[list[int]] = []
+    for at in ordinals:
+        if runs and runs[-1][-1] == at - 1:
+            runs[-1].append(at)
+        else:
+            runs.append([at])
+    return runs

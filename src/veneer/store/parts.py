@@ -1,0 +1,393 @@
+"""Parts of NARs: what a reader wants is fetched chunk by chunk, in a sparse file, and each chunk is checked by itself.
+
+Where chunks come from, in this order: a chunk map that a key of the view signed; digests that are known because the NAR was verified
+whole before; and for a view that defers the verification of the source, the frames that the file itself tells of. Where there
+is none of these, or anything is wrong with a part, the NAR is read whole (``fetch``), which asks every source and checks all.
+
+Invariants: P1: under ``strict`` a chunk is present only after ``verify.check_chunk`` accepted it, against digests that the view has
+reason to believe: whether it has is asked for every view. P2: a chunk is asked for once at a time, however many wait for
+it, and a chunk that another NAR holds is copied. P3: a NAR whose chunks are all here becomes whole only by ``verify.check_sparse``.
+P4: what deferred readers saw is checked as soon as the rest is here, which is fetched at once; a NAR that turns out wrong is condemned.
+P5: requests that a reader waits for go before all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from veneer.cache.cache import Cache
+from veneer.cache.chunk_maps import ChunkMap, ChunkMaps
+from veneer.cache.index import NarState, PathRow
+from veneer.cache.nars import VerifiedNar
+from veneer.cache.sparse import SparseNar
+from veneer.formats.chunk_map import Chunk
+from veneer.formats.seekable_zstd import Frame
+from veneer.model.errors import (
+    CacheError,
+    CacheFullError,
+    FormatError,
+    HashMismatchError,
+    SourceError,
+    TrustError,
+    VeneerError,
+)
+from veneer.model.tree import Node
+from veneer.sources.base import RangesUnsupportedError
+from veneer.sources.nar_stream import expected_size
+
+from . import access
+from .account import Account, Stories
+from .chunk_fetch import ChunkFetcher, Part
+from .chunk_finder import MAX_CHUNKS, ChunkFinder
+from .resolve import AbsentError, Candidate, Resolver
+from .verify import SignatureMemory, check_sparse
+from .views import View
+
+MAX_OPEN = 64
+"""Sparse NARs kept open, with their chunk maps in memory (some 200 bytes per chunk)."""
+REFUSED_SECONDS = 60.0
+"""For which a NAR is not asked for in parts after something was wrong with them."""
+MAX_REFUSED = 4096
+SHARED = 0.25
+"""Of a NAR's bytes: when other NARs hold as much, it is put together from them instead of being streamed."""
+
+Admit = Callable[[PathRow, VerifiedNar, Node, bytearray], int]
+
+
+class Parts:
+    """Of one store; event loop only."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        stories: Stories,
+        resolver: Resolver,
+        memory: SignatureMemory,
+        *,
+        clock: Callable[[], float],
+        encode: Callable[[PathRow, Node], bytearray],
+        admit: Admit,
+        spoilt: Callable[[PathRow, str, VeneerError], None],
+        make_room: Callable[[int], bool],
+        parallel: int,
+    ) -> None:
+        """``spoilt``: told of a NAR of which wrong bytes may have been read, and the source that they came from."""
+        self._cache = cache
+        self._maps = ChunkMaps(cache.index)
+        self._stories = stories
+        self._resolver = resolver
+        self._clock = clock
+        self._encode = encode
+        self._admit = admit
+        self._spoilt = spoilt
+        self._open: OrderedDict[int, Part] = OrderedDict()
+        self._opening: dict[tuple[int, str], asyncio.Task[Part | None]] = {}
+        self._refused: OrderedDict[tuple[int, str], float] = OrderedDict()
+        """(path number, source URL) of which no parts are asked for until then."""
+        self._finder = ChunkFinder(memory)
+        self._fetch = ChunkFetcher(cache, self._maps, self._open, make_room, parallel=parallel)
+
+    @property
+    def busy(self) -> set[int]:
+        """Path numbers whose sparse file is written; eviction leaves them alone."""
+        return {number for number, part in self._open.items() if part.busy}
+
+    @property
+    def moved(self) -> int:
+        """Bytes that arrived since the start."""
+        return self._fetch.moved
+
+    @property
+    def owners(self) -> set[str]:
+        """Identities of the views whose sources are read from."""
+        owners = {identity for _, identity in self._opening}
+        for part in self._open.values():
+            owners.update(request.owner for request in part.fetching.values())
+            if part.rest is not None:
+                owners.add(part.rest_owner)
+        return owners
+
+    async def close(self) -> None:
+        """Cancel everything and wait for the threads."""
+        tasks: list[asyncio.Task[Any]] = list(self._opening.values())
+        tasks += [part.rest for part in self._open.values() if part.rest is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._fetch.close()
+        for part in self._open.values():
+            part.close()
+
+    def forget(self, number: int) -> None:
+        """The sparse file is gone, or the number is: whoever has it open in another process keeps what was there."""
+        part = self._open.pop(number, None)
+        if part is not None:
+            part.close()
+
+    async def content(
+        self, view: View, row: PathRow, offset: int, size: int, account: Account
+    ) -> tuple[int, int, int] | None:
+        """(start, end, inode): bytes of the sparse file around [offset, offset + size) that may be read, once they are here.
+
+        None: this NAR has to be read whole.
+        """
+        part = await self._opened(view, row, account)
+        if part is None:
+            return None
+        end = min(offset + size, row.nar_size)
+        wanted = part.nar.covering(offset, end)
+        window = part.sequences.ahead(offset, end)
+        account.ask_part(row.store_path, end - offset)
+        try:
+            if window:
+                self._fetch.read_ahead(view, part, end, window, account)
+            await self._fetch.have(view, part, wanted, account, demanded=True)
+        except VeneerError as error:
+            self._give_up(part, error)
+            return None
+        except RangesUnsupportedError:
+            self._refuse(part)
+            return None
+        found = part.nar.around(offset, end)
+        if found is None:
+            return None  # dropped meanwhile
+        self._complete_if_worth(view, part, account)
+        return (*found, part.nar.inode)
+
+    async def load(
+        self,
+        view: View,
+        row: PathRow,
+        ranges: Sequence[tuple[int, int]],
+        account: Account,
+    ) -> bool:
+        """Have the bytes [(offset, size)] of the NAR here; nobody waits for them. False: it has to be read whole."""
+        part = await self._opened(view, row, account)
+        if part is None:
+            return False
+        wanted = sorted({at for start, size in ranges for at in part.nar.covering(start, start + size)})
+        try:
+            await self._fetch.have(view, part, wanted, account, demanded=False)
+        except VeneerError as error:
+            self._give_up(part, error)
+            return False
+        except RangesUnsupportedError:
+            self._refuse(part)
+            return False
+        self._complete_if_worth(view, part, account)
+        return True
+
+    async def whole(self, view: View, row: PathRow, account: Account) -> int | None:
+        """Complete a NAR of which something is here, or in other NARs; the path number that it has then. None: stream it."""
+        if row.nar != NarState.SPARSE and not self._maps.any():
+            return None
+        part = await self._opened(view, row, account)
+        if part is None or (not part.nar.held and self._fetch.shared(part) < SHARED * row.nar_size):
+            return None
+        try:
+            return await asyncio.shield(self._completing(view, part, account))
+        except VeneerError:
+            return None  # told by ``_completed``
+        except RangesUnsupportedError:
+            self._refuse(part)
+            return None
+
+    async def learn(self, row: PathRow, candidate: Candidate, frames: tuple[Frame, ...]) -> None:
+        """Keep the digests of a NAR that was verified whole just now, by the frames of the file that it came from."""
+        if len(frames) > MAX_CHUNKS or self._cache.index.path(row.number) is None:
+            return
+        digests = await asyncio.get_running_loop().run_in_executor(
+            self._fetch.threads, self._digests, row.number, frames
+        )
+        if digests is None or self._maps.get(row.number) is not None:
+            return
+        info = candidate.info.info
+        chunks = tuple(
+            Chunk(f.compressed_offset, f.compressed_size, f.offset, f.size, digest)
+            for f, digest in zip(frames, digests, strict=True)
+        )
+        source = candidate.source.url
+        self._maps.put(row.number, ChunkMap(source, info.url, info.compression, chunks, learnt=True))
+
+    # -- which chunks
+
+    async def _opened(self, view: View, row: PathRow, account: Account) -> Part | None:
+        part = self._open.get(row.number)
+        if part is not None and view.identity in part.views:
+            self._open.move_to_end(row.number)
+            return part
+        key = (row.number, view.identity)
+        task = self._opening.get(key)
+        if task is None:
+            task = asyncio.create_task(self._begin(view, row, account), name=f"parts of {row.store_path}")
+            self._opening[key] = task
+            task.add_done_callback(lambda _: self._opening.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _begin(self, view: View, row: PathRow, account: Account) -> Part | None:
+        try:
+            return await self._of_candidates(view, row, account)
+        except AbsentError:
+            return None  # who reads it whole finds out as well, and says it better
+
+    async def _of_candidates(self, view: View, row: PathRow, account: Account) -> Part | None:
+        kept = self._maps.get(row.number)
+        async with aclosing(self._resolver.candidates(view, row.store_path, account)) as candidates:
+            async for candidate in candidates:
+                info, source = candidate.info.info, candidate.source
+                if info.nar_hash != row.nar_hash:
+                    continue
+                size = expected_size(info)
+                if size is None or size <= access.SMALL or self._is_refused(row, source.url):
+                    return None
+                if self._cache.index.quarantined(row.store_path, row.nar_hash, source.url, self._clock()):
+                    continue
+                try:
+                    found = await self._finder.find(view, row, candidate, kept, account)
+                except RangesUnsupportedError:
+                    found = None
+                except (SourceError, FormatError, TrustError) as error:
+                    self._stories.add(str(row.store_path), error)
+                    self._refused_until(row.number, source.url)
+                    return None
+                if found is None:
+                    return None
+                return self._use(view, row, candidate, *found)
+        return None
+
+    def _use(
+        self, view: View, row: PathRow, candidate: Candidate, chunk_map: ChunkMap, verified: bool
+    ) -> Part | None:
+        """Open the sparse file for it; None when another one is in use, or the NAR is here by now."""
+        now = self._cache.index.path(row.number)
+        if now is None or now.quarantined or now.nar == NarState.WHOLE:
+            return None
+        part = self._open.get(row.number)
+        if part is not None:
+            same = part.chunk_map.url == chunk_map.url and part.chunk_map.chunks == chunk_map.chunks
+            if part.verified != verified or not same:
+                return None
+            part.views[view.identity] = candidate.source.url
+            return part
+        nar = self._sparse(now, chunk_map, verified=verified)
+        views = {view.identity: candidate.source.url}
+        part = Part(row, nar, chunk_map, candidate.info, verified, views)
+        self._open[row.number] = part
+        self._close_unused()
+        return part
+
+    def _sparse(self, row: PathRow, chunk_map: ChunkMap, *, verified: bool) -> SparseNar:
+        """The file that holds what is present, or a new one."""
+        nars = self._cache.nars
+        if row.nar == NarState.SPARSE:
+            if verified and chunk_map.present is not None:
+                try:
+                    return nars.sparse(row.number, chunk_map.chunks, chunk_map.present)
+                except CacheError as error:
+                    self._stories.add(str(row.store_path), error)
+            nars.drop(row.number)  # chunks of another map, or a file that was lost
+        if verified:
+            self._maps.put(row.number, chunk_map)
+        return nars.sparse(row.number, chunk_map.chunks, None)
+
+    def _close_unused(self) -> None:
+        for number in list(self._open):
+            if len(self._open) <= MAX_OPEN:
+                return
+            part = self._open[number]
+            if part.verified and not part.busy:
+                self.forget(number)
+
+    # -- all of it
+
+    def _complete_if_worth(self, view: View, part: Part, account: Account) -> None:
+        deferred = not part.verified and part.views[view.identity] not in view.trusted  # P4
+        if deferred or access.completes(part.nar.held, part.nar.nar_size):
+            self._completing(view, part, account)
+
+    def _completing(self, view: View, part: Part, account: Account) -> asyncio.Task[int]:
+        if part.rest is None:
+            part.rest_owner = view.identity
+            part.rest = asyncio.create_task(
+                self._rest(view, part, account), name=f"rest of {part.row.store_path}"
+            )
+            part.rest.add_done_callback(lambda task: self._completed(part, task))
+        return part.rest
+
+    def _completed(self, part: Part, task: asyncio.Task[int]) -> None:
+        part.rest = None
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, VeneerError):
+            self._give_up(part, error)
+        elif isinstance(error, Exception) and not isinstance(error, RangesUnsupportedError):
+            self._stories.add(str(part.row.store_path), error)
+
+    async def _rest(self, view: View, part: Part, account: Account) -> int:
+        """Everything that is missing, then the check of the whole (P3); the path number that it has then."""
+        await self._fetch.have(view, part, range(len(part.nar.chunks)), account, demanded=False)
+        part.working += 1
+        try:
+            verified, tree, encoded = await asyncio.get_running_loop().run_in_executor(
+                self._fetch.threads, self._checked, part
+            )
+        finally:
+            part.leave()
+        if part.closed:
+            raise SourceError(f"the content of {part.row.store_path} was dropped while it was completed")
+        del self._open[part.row.number]
+        part.closed = True  # ``admit`` ends the file
+        try:
+            return self._admit(part.row, verified, tree, encoded)
+        except BaseException:
+            self._cache.nars.drop(part.row.number)  # what was not admitted
+            raise
+
+    def _checked(self, part: Part) -> tuple[VerifiedNar, Node, bytearray]:
+        """On a worker thread. HashMismatchError, FormatError."""
+        verified, tree = check_sparse(part.info, part.nar, where=part.chunk_map.source)
+        return verified, tree, self._encode(part.row, tree)
+
+    def _digests(self, number: int, frames: tuple[Frame, ...]) -> list[bytes] | None:
+        """Of a whole NAR that is here; None when it is not any more. On a worker thread."""
+        try:
+            with open(self._cache.nars.path(number), "rb", buffering=0) as file:
+                parts = (os.pread(file.fileno(), frame.size, frame.offset) for frame in frames)
+                return [hashlib.sha256(data).digest() for data in parts]
+        except OSError:
+            return None
+
+    # -- what goes wrong
+
+    def _give_up(self, part: Part, error: VeneerError) -> None:
+        """Parts of this file are of no use: it is read whole, from whatever source has it."""
+        path = part.row.store_path
+        self._stories.add(str(path), error)
+        if isinstance(error, CacheFullError):
+            return
+        self._refuse(part)
+        if isinstance(error, (FormatError, HashMismatchError)) and (not part.verified or part.nar.is_whole):
+            if self._open.get(part.row.number) is part:
+                self.forget(part.row.number)
+            self._spoilt(part.row, part.chunk_map.source, error)
+
+    def _refuse(self, part: Part) -> None:
+        self._refused_until(part.row.number, part.chunk_map.source)
+        if self._open.get(part.row.number) is part and not part.verified:
+            self.forget(part.row.number)
+
+    def _refused_until(self, number: int, url: str) -> None:
+        self._refused[number, url] = self._clock() + REFUSED_SECONDS
+        self._refused.move_to_end((number, url))
+        if len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    def _is_refused(self, row: PathRow, url: str) -> bool:
+        until = self._refused.get((row.number, url))
+        return until is not None and 0 < until - self._clock() <= REFUSED_SECONDS

@@ -1,0 +1,449 @@
+"""NARs that are had in parts: what is moved, what is believed, what happens when a part is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import lzma
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.published_cache import FRAME, PublishedCache
+from tests.support.signed_cache import MadePath, SignedCache, make_path
+from tests.unit.store.test_store_behaviour import FOREIGN, Bench, run
+from veneer.cache.index import NarState, PathRow
+from veneer.formats.signature import SecretKey
+from veneer.model.errors import HashMismatchError, VeneerError
+from veneer.sources.object_store import ObjectStoreSource
+from veneer.store import chunk_fetch
+from veneer.store.account import Account
+from veneer.store.fetch import Ready
+from veneer.store.views import View
+
+SIZE = 3_000_001
+"""Of the big file: more than is fetched at once, and no multiple of anything."""
+Body = Callable[[Bench], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def big() -> MadePath:
+    return make_path("big", SIZE)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, big: MadePath) -> PublishedCache:
+    return PublishedCache(tmp_path / "published", [big, make_path("small")])
+
+
+async def looked_up(bench: Bench, view: View, made: MadePath) -> PathRow:
+    return await bench.store.lookup(view, made.path, bench.account)
+
+
+async def read(bench: Bench, view: View, row: PathRow, offset: int, size: int) -> bytes:
+    """What a mount server would read after it asked: of the file that READY speaks of, within the span."""
+    ready = await bench.store.content(view, row.number, offset, size, bench.account)
+    return read_of(bench, ready, offset, size)
+
+
+def read_of(bench: Bench, ready: Ready, offset: int, size: int) -> bytes:
+    assert ready.start <= offset and offset + size <= ready.end
+    whole, sparse = bench.cache.nars.files(ready.number)
+    file = whole if ready.whole else sparse
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        assert ready.whole or os.fstat(fd).st_ino == ready.inode
+        return os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
+
+
+def state(bench: Bench, row: PathRow) -> NarState:
+    now = bench.cache.index.path(row.number)
+    assert now is not None
+    return now.nar
+
+
+async def settled(bench: Bench) -> None:
+    """Everything under way is done."""
+    while tasks := [
+        t for t in asyncio.all_tasks() if t.get_name().startswith(("part of", "rest of", "digests"))
+    ]:
+        await asyncio.wait(tasks)
+
+
+def test_a_part_costs_its_frames_and_no_more(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        before = bench.account.wire_bytes
+        assert await read(bench, view, row, 1_000_000, 5000) == big.nar[1_000_000:1_005_000]
+        assert bench.account.wire_bytes - before < 2 * FRAME + cache.chunk_map("big").stat().st_size + 100
+        assert state(bench, row) is NarState.SPARSE
+        totals = bench.cache.index.totals()
+        assert totals.nars == 0 and FRAME <= totals.nar_bytes <= 3 * FRAME
+
+    run(tmp_path, body)
+
+
+def test_what_is_here_is_not_asked_for_again_even_after_a_restart(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    async def first(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 500_000, 100_000)
+
+    async def second(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        before = bench.account.wire_bytes
+        assert await read(bench, view, row, 500_000, 100_000) == big.nar[500_000:600_000]
+        assert bench.account.wire_bytes == before
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
+def test_small_nars_are_fetched_whole(tmp_path: Path, cache: PublishedCache) -> None:
+    small = cache.paths["small"]
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, small)
+        ready = await bench.store.content(view, row.number, 200, 10, bench.account)
+        assert ready.whole and ready.end == len(small.nar)
+
+    run(tmp_path, body)
+
+
+def test_parts_become_whole_once_half_is_here_and_nothing_is_fetched_twice(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        before = bench.account.wire_bytes
+        for offset in range(0, len(big.nar) - 70_000, 2 * FRAME):
+            await read(bench, view, row, offset, 70_000)
+        await settled(bench)
+        assert state(bench, row) is NarState.WHOLE
+        assert bench.nar(row.number) == big.nar
+        assert not bench.cache.nars.files(row.number)[1].exists()
+        moved = bench.account.wire_bytes - before
+        assert moved <= cache.nar("big").stat().st_size + cache.chunk_map("big").stat().st_size
+
+    run(tmp_path, body)
+
+
+def test_a_reader_that_goes_on_is_served_ahead_in_big_requests(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        before = bench.account.requests
+        for offset in range(0, len(big.nar) - 16_384, 16_384):
+            assert await read(bench, view, row, offset, 16_384) == big.nar[offset : offset + 16_384]
+        assert bench.account.requests - before < len(big.nar) / FRAME / 3
+
+    run(tmp_path, body)
+
+
+def test_whole_takes_what_is_missing_only(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 0, 1_000_000)
+        before = bench.account.wire_bytes
+        row = await bench.store.whole(view, big.path, bench.account)
+        assert bench.nar(row.number) == big.nar
+        assert bench.account.wire_bytes - before < cache.nar("big").stat().st_size - 900_000
+
+    run(tmp_path, body)
+
+
+def test_readers_of_one_part_share_one_request(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        before = bench.account.requests
+        got = await asyncio.gather(*(read(bench, view, row, 700_000, 100) for _ in range(20)))
+        assert set(got) == {big.nar[700_000:700_100]}
+        assert bench.account.requests - before == 2  # the chunk map and one part
+
+    run(tmp_path, body)
+
+
+def test_a_chunk_that_another_nar_holds_is_copied(tmp_path: Path, big: MadePath) -> None:
+    other = MadePath(make_path("rebuilt").path, big.nar, big.tree, big.data)
+    cache = PublishedCache(tmp_path / "published", [big, other])
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 0, 1_000_000)
+        row = await looked_up(bench, view, other)
+        before = bench.account.wire_bytes
+        assert await read(bench, view, row, 100, 900_000) == big.nar[100:900_100]
+        assert bench.account.wire_bytes - before <= cache.chunk_map("rebuilt").stat().st_size
+        await settled(bench)
+        row = await bench.store.whole(view, other.path, bench.account)
+        assert bench.nar(row.number) == big.nar
+
+    run(tmp_path, body)
+
+
+def test_after_eviction_parts_come_back_and_are_checked(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 0, 100_000)
+        assert bench.store.evict(0) and bench.dropped == [row.number]
+        assert not bench.cache.nars.files(row.number)[1].exists()
+        assert bench.cache.index.totals().nar_bytes == 0
+        before = bench.account.wire_bytes
+        assert await read(bench, view, row, 50_000, 100) == big.nar[50_000:50_100]
+        assert bench.account.wire_bytes - before < 2 * FRAME
+
+    run(tmp_path, body)
+
+
+def flipped(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_tampered_chunk_is_never_served(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
+    flipped(cache.nar("big"), 1_500_000)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        assert await read(bench, view, row, 100, 1000) == big.nar[100:1100]
+        with pytest.raises(VeneerError):
+            await read(bench, view, row, 1_480_000, 60_000)
+        assert any("big" in story.path for story in bench.store.stories.rows())
+        assert state(bench, row) is not NarState.WHOLE
+
+    run(tmp_path, body)
+
+
+def test_with_a_second_source_a_tampered_chunk_is_made_up_for(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    flipped(cache.nar("big"), 1_500_000)
+    good = SignedCache(tmp_path / "good", [big], secret=cache.secret)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url + "?priority=1", f"file://{good.directory}?priority=2", keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        assert await read(bench, view, row, 1_480_000, 60_000) == big.nar[1_480_000:1_540_000]
+        assert await read(bench, view, row, 0, 100) == big.nar[:100]
+
+    run(tmp_path, body)
+
+
+def cut_frames(cache: PublishedCache) -> None:
+    file = cache.nar("big")
+    file.write_bytes(file.read_bytes()[:-50_000])
+
+
+def map_of_another(cache: PublishedCache) -> None:
+    cache.chunk_map("big").write_bytes(cache.chunk_map("small").read_bytes())
+
+
+def map_of_another_file(cache: PublishedCache) -> None:
+    data = cache.chunk_map("big").read_bytes()
+    cache.chunk_map("big").write_bytes(data.replace(b"URL: nar/", b"URL: nax/"))
+
+
+def map_without_signature(cache: PublishedCache) -> None:
+    lines = cache.chunk_map("big").read_bytes().split(b"\n", 7)
+    cache.chunk_map("big").write_bytes(b"\n".join(x for x in lines if not x.startswith(b"Sig: ")))
+
+
+def map_of_another_key(cache: PublishedCache) -> None:
+    other = PublishedCache(
+        cache.directory.parent / "other", list(cache.paths.values()), secret=SecretKey.generate("made-1")
+    )
+    cache.chunk_map("big").write_bytes(other.chunk_map("big").read_bytes())
+
+
+def no_map(cache: PublishedCache) -> None:
+    cache.chunk_map("big").unlink()
+
+
+def garbage(cache: PublishedCache) -> None:
+    cache.chunk_map("big").write_bytes(os.urandom(1000))
+
+
+@pytest.mark.parametrize(
+    "spoil", [map_of_another, map_of_another_file, map_without_signature, map_of_another_key, no_map, garbage]
+)
+def test_without_a_chunk_map_that_counts_the_nar_is_read_whole(
+    tmp_path: Path, cache: PublishedCache, big: MadePath, spoil: Callable[[PublishedCache], None]
+) -> None:
+    spoil(cache)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        ready = await bench.store.content(view, row.number, 100, 1000, bench.account)
+        assert ready.whole
+        assert bench.nar(row.number) == big.nar
+
+    run(tmp_path, body)
+
+
+def test_a_chunk_map_is_believed_in_the_views_that_trust_its_key_only(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    """Two caches with the same NAR, signed by two keys; a view that trusts one reads nothing that the other vouched for."""
+    other = PublishedCache(tmp_path / "other", [big], secret=SecretKey.generate("made-2"))
+    flipped(other.nar("big"), 100_000)
+    other.chunk_map("big").unlink()
+
+    async def body(bench: Bench) -> None:
+        one = bench.view(cache.url, keys=(cache.key,))
+        two = bench.view(other.url, keys=(other.key,))
+        row = await looked_up(bench, one, big)
+        assert (await looked_up(bench, two, big)).number == row.number
+        assert await read(bench, one, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
+        with pytest.raises(VeneerError):
+            await read(bench, two, row, 1_000_000, 100)
+        assert await read(bench, one, row, 90_000, 30_000) == big.nar[90_000:120_000]
+
+    run(tmp_path, body)
+
+
+def in_blocks(data: bytes) -> bytes:
+    """An .xz file of several blocks."""
+    import subprocess
+
+    return subprocess.run(
+        ["xz", "-0", "-T1", "--block-size=131072", "-c"], input=data, capture_output=True, check=True
+    ).stdout
+
+
+def ordinary(tmp_path: Path, big: MadePath, compression: str, monkeypatch: pytest.MonkeyPatch) -> SignedCache:
+    from tests.support import signed_cache
+
+    if compression == "xz":
+        monkeypatch.setitem(signed_cache._PACKERS, "xz", in_blocks)
+    return SignedCache(tmp_path / compression, [big], compression=compression)
+
+
+@pytest.mark.parametrize("compression", ["none", "xz", "seekable"])
+def test_ordinary_caches_give_parts_to_deferred_readers_and_all_is_checked_after(
+    tmp_path: Path, big: MadePath, compression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache: SignedCache | PublishedCache
+    if compression == "seekable":
+        cache = PublishedCache(tmp_path / "seekable", [big])
+        cache.chunk_map("big").unlink()
+    else:
+        cache = ordinary(tmp_path, big, compression, monkeypatch)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify="deferred")
+        row = await looked_up(bench, view, big)
+        ready = await bench.store.content(view, row.number, 2_000_000, 100, bench.account)
+        assert not ready.whole
+        assert read_of(bench, ready, 2_000_000, 100) == big.nar[2_000_000:2_000_100]
+        await settled(bench)
+        assert state(bench, row) is NarState.WHOLE
+        assert bench.nar(row.number) == big.nar
+        assert bench.condemned == []
+
+    run(tmp_path, body)
+
+
+def test_what_deferred_readers_saw_of_a_wrong_nar_is_condemned(
+    tmp_path: Path, big: MadePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SignedCache(tmp_path / "none", [big])
+    flipped(cache.directory / cache.infos["big"].url, 1_500_000)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify="deferred")
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 2_000_000, 100)
+        await settled(bench)
+        assert [number for number, _ in bench.condemned] == [row.number]
+        with pytest.raises(HashMismatchError):
+            await read(bench, view, row, 0, 100)
+        assert not any(file.exists() for file in bench.cache.nars.files(row.number))
+
+    run(tmp_path, body)
+
+
+def test_digests_learnt_from_a_whole_nar_let_it_come_back_in_parts(
+    tmp_path: Path, big: MadePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ordinary(tmp_path, big, "xz", monkeypatch)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(f"file://{cache.directory}", keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        assert (await bench.store.content(view, row.number, 0, 100, bench.account)).whole
+        await settled(bench)
+        bench.store.evict(0)
+        before = bench.account.wire_bytes
+        assert await read(bench, view, row, 2_000_000, 100) == big.nar[2_000_000:2_000_100]
+        assert bench.account.wire_bytes - before < 200_000
+        bench.store.evict(0)
+        flipped(cache.directory / cache.infos["big"].url, 1_000_000)
+        with pytest.raises(VeneerError):
+            await read(bench, view, row, 900_000, 200_000)
+
+    run(tmp_path, body)
+
+
+def test_an_interrupted_reader_leaves_the_request_to_the_others(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        one = asyncio.create_task(read(bench, view, row, 800_000, 100))
+        two = asyncio.create_task(read(bench, view, row, 800_000, 100))
+        await asyncio.sleep(0)
+        one.cancel()
+        assert await two == big.nar[800_000:800_100]
+
+    run(tmp_path, body)
+
+
+def test_wanted_parts_overtake_those_that_nobody_waits_for(
+    tmp_path: Path, cache: PublishedCache, big: MadePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[int] = []
+    part = ObjectStoreSource.part
+
+    async def noted(self: ObjectStoreSource, info: object, offset: int, size: int, meter: object) -> bytes:
+        order.append(offset)
+        return await part(self, info, offset, size, meter)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ObjectStoreSource, "part", noted)
+    monkeypatch.setattr(chunk_fetch, "REQUEST", FRAME)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 0, 10)
+        order.clear()
+        account = Account()
+        loading = asyncio.create_task(bench.store.load(view, big.path, [(0, len(big.nar))], account))
+        while not order:
+            await asyncio.sleep(0)
+        last = len(big.nar) - 1000
+        assert await read(bench, view, row, last, 100) == big.nar[last : last + 100]
+        assert order.index(max(order)) < len(big.nar) // FRAME // 2
+        await loading
+
+    run(tmp_path, body)
