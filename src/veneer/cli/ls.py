@@ -63,9 +63,13 @@ def ls(output: Output, flags: Flags, path: str | None, long: bool, recursive: bo
 
 
 def _list_environments(output: Output, settings: Settings) -> None:
-    from veneer.environment import named
+    from veneer.environment import named, running
 
-    rows = [environment_row(summary) for summary in named.summaries(settings.environments_dir)]
+    versions = {about.name: about.version for about in running.find(settings.environments_dir)}
+    rows = [
+        {**environment_row(summary), "version": versions.get(summary.name)}
+        for summary in named.summaries(settings.environments_dir)
+    ]
     header = ("name", "state", "since", "processes", "paths", "size", "sources")
     lines = [
         [

@@ -23,6 +23,7 @@ COMMANDS = {
     "enter": "Run a command in an environment that is up.",
     "down": "End an environment and remove what was written to its store.",
     "diff": "List the store paths that exist only in an environment.",
+    "upgrade": "Have this version of veneer take over what runs.",
     "demo": "Show the idea on this machine: offline, without Nix, in seconds.",
     "fetch": "Bring store paths into the cache ahead of time.",
     "ls": "List environments, or a store path's files without mounting anything.",

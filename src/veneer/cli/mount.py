@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,13 +22,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from veneer.cli.config import Flags
+from veneer.cli.config import Flags, Settings
 from veneer.cli.options import json_option, quiet_option, settings_flags
 from veneer.cli.output import Output
 from veneer.model.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     from veneer.cli.private_daemon import WatchedDaemon
+    from veneer.environment.running import Answer, Listening
+    from veneer.model.program import Program
     from veneer.mount.succession import Succession
 
 _END_SECONDS = 10.0
@@ -70,7 +71,7 @@ def mount(output: Output, flags: Flags, directory: str) -> int:
         status: int | None = None
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-            with _means(fuse, target, settings.cache_dir, settings.view()) as means:
+            with _means(fuse, target, settings) as means:
                 status = _serve(means, daemon, output)
         except KeyboardInterrupt:
             pass  # that is how it ends
@@ -93,72 +94,173 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Means:
-    """What each mount server gets. ``owner``: a pipe that ends with this process."""
+    """What each mount server gets. ``owner``: a pipe that ends with this process. ``program``: what servers are.
+    ``listening``: where `veneer upgrade` asks."""
 
     fuse: int
     target: Path
     cache: int
+    cache_dir: Path
     view: int
     owner: int
     succession: Succession
+    program: Program
+    listening: Listening | None
 
 
 def _serve(means: _Means, daemon: WatchedDaemon, output: Output) -> int:
     """Start mount servers until one unmounted (0) or the last one cannot have a successor: its status."""
     from veneer.mount.succession import is_connected
 
-    while True:
-        with _server(means) as server:
-            if means.succession.session is None:  # the first
-                output.note(f"mounted on {means.target}; Ctrl-C unmounts")
-            status = _wait(server, daemon)
-        if not is_connected(means.fuse):
-            return 0
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        obstacle = means.succession.obstacle(time.monotonic())
-        if obstacle is not None:
-            output.warning(f"the mount server ended ({how}): {obstacle}")
-            return status or 1
-        output.warning(f"the mount server ended ({how}); another took over")
+    server = _start(means)
+    try:
+        output.note(f"mounted on {means.target}; Ctrl-C unmounts")
+        while True:
+            server, status = _wait(means, server, daemon)
+            if not is_connected(means.fuse):
+                return 0
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            obstacle = means.succession.obstacle(time.monotonic())
+            if obstacle is not None:
+                output.warning(f"the mount server ended ({how}): {obstacle}")
+                return status or 1
+            server = _start(means)
+            output.warning(f"the mount server ended ({how}); another took over")
+    finally:
+        _end(server)
 
 
-def _wait(server: subprocess.Popen[bytes], daemon: WatchedDaemon) -> int:
-    """The server's status; a daemon that dies meanwhile has a successor."""
+def _wait(
+    means: _Means, server: subprocess.Popen[bytes], daemon: WatchedDaemon
+) -> tuple[subprocess.Popen[bytes], int]:
+    """The server that ended, and its status. A daemon that dies meanwhile has a successor."""
+    from veneer.environment import running
+
     pidfd = os.pidfd_open(server.pid)
+
+    def upgrade(program: Program, _: object) -> Answer:
+        nonlocal server, pidfd
+        answer, server = _upgrade(means, server, pidfd, program)
+        os.close(pidfd)
+        pidfd = os.pidfd_open(server.pid)
+        return answer
+
     try:
         watched = True
         while True:
-            ready, _, _ = select.select([pidfd, daemon.fileno()] if watched else [pidfd], [], [])
+            waiting = [pidfd, *([daemon.fileno()] if watched else [])]
+            if means.listening is not None:
+                waiting.append(means.listening.socket.fileno())
+            ready, _, _ = select.select(waiting, [], [])
             if pidfd in ready:
-                return server.wait()
-            watched = daemon.readable()
+                return server, server.wait()
+            if watched and daemon.fileno() in ready:
+                watched = daemon.readable()
+            elif means.listening is not None:
+                running.answer_one(means.listening.socket, lambda: _about(means), upgrade, daemon.adopt)
     finally:
         os.close(pidfd)
 
 
+def _about(means: _Means) -> Answer:
+    from veneer.environment import running
+    from veneer.mount.succession import FORMATS
+
+    fixed = running.describe("mount", cache_root=means.cache_dir, place=str(means.target))
+    return {**fixed, "pid": os.getpid(), "version": means.program.version, "wire": FORMATS["request"]}
+
+
+def _upgrade(
+    means: _Means, server: subprocess.Popen[bytes], pidfd: int, program: Program
+) -> tuple[Answer, subprocess.Popen[bytes]]:
+    """T1 of ``takeover``: a server of ``program`` in the place of ``server``. Which one serves then."""
+    from veneer.environment import takeover
+
+    hindrance = means.succession.hindrance()
+    if hindrance is not None:
+        return {"error": hindrance, "again": False}, server
+    ready, ready_writer = os.pipe2(os.O_CLOEXEC)
+    go, go_writer = os.pipe2(os.O_CLOEXEC)
+    said = os.memfd_create("veneer-said", os.MFD_CLOEXEC)
+    stderr = os.dup(2)
+    try:
+        follower = _start(means, program, _Gate(ready_writer, go, stderr, said))
+    except OSError as error:
+        for fd in (ready, go_writer, said):
+            os.close(fd)
+        return {"error": f"the new mount server cannot be started: {error.strerror}", "again": False}, server
+    finally:
+        for fd in (ready_writer, go, stderr):
+            os.close(fd)
+    heir = takeover.Heir(follower.pid, ready, go_writer, said)
+    obstacle = heir.obstacle((pidfd,))
+    if obstacle is not None:
+        heir.dismiss()
+        follower.wait()
+        why = (
+            f"the new mount server cannot start: {obstacle}"
+            if obstacle
+            else "the mount server ended meanwhile"
+        )
+        return {"error": why, "again": not obstacle}, server
+    _end(server)
+    with suppress(BrokenPipeError):
+        heir.go()
+    heir.close()
+    answered = takeover.answers(str(means.target), heir.pidfd)
+    os.close(heir.pidfd)
+    if answered:
+        means.program = program
+        return {"version": program.version}, follower
+    follower.kill()
+    follower.wait()
+    return {"error": "the new mount server did not answer the kernel", "again": False}, _start(means)
+
+
 @contextmanager
-def _means(fuse: int, target: Path, cache_dir: Path, view: dict[str, object]) -> Iterator[_Means]:
+def _means(fuse: int, target: Path, settings: Settings) -> Iterator[_Means]:
     """For the block; after it the mount's descriptor is closed, and no server knows that we are there."""
+    from veneer.environment import running
+    from veneer.model.program import this_program
     from veneer.mount.succession import Succession
 
+    cache_dir = settings.cache_dir
     cache = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     brought = os.memfd_create("view")
-    os.write(brought, json.dumps(view).encode())
+    os.write(brought, json.dumps(settings.view()).encode())
     owner, ours = os.pipe2(os.O_CLOEXEC)
     succession = Succession(fuse)
+    listening = running.listen(settings.environments_dir)
     try:
-        yield _Means(fuse, target, cache, brought, owner, succession)
+        yield _Means(fuse, target, cache, cache_dir, brought, owner, succession, this_program(), listening)
     finally:
         for fd in (fuse, cache, brought, owner, ours):
             os.close(fd)
         succession.close()
+        if listening is not None:
+            listening.close()
+            listening.remove()
 
 
-@contextmanager
-def _server(means: _Means) -> Iterator[subprocess.Popen[bytes]]:
-    """A mount server's process; ended with the block."""
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """For a server that is to wait: where it says that it could serve, what lets it, its standard error before and after."""
+
+    ready: int
+    go: int
+    stderr: int
+    said: int
+
+
+def _start(
+    means: _Means, program: Program | None = None, gate: _Gate | None = None
+) -> subprocess.Popen[bytes]:
+    """A mount server's process. OSError. ``program``: another one than ``means`` says."""
+    from veneer.mount.succession import FORMATS
+
+    program = program or means.program
     session = means.succession.session
     told = means.succession.writer
     options = {
@@ -167,18 +269,27 @@ def _server(means: _Means) -> Iterator[subprocess.Popen[bytes]]:
         "--view-file": f"/proc/self/fd/{means.view}",
     }
     options |= {"--owner-fd": means.owner, "--mounted-on": means.target, "--session-fd": told}
+    passed = [means.fuse, means.cache, means.view, means.owner, told]
     if session is not None:
         options["--session"] = json.dumps(session.to_json())
-    words = [str(word) for pair in options.items() for word in pair]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "veneer.mount", *words],
+    if gate is not None:
+        options |= {"--formats": json.dumps(FORMATS), "--ready-fd": gate.ready, "--go-fd": gate.go}
+        options["--stderr-fd"] = gate.stderr
+        passed += [gate.ready, gate.go, gate.stderr]
+    return subprocess.Popen(
+        program.command("veneer.mount", *(str(word) for pair in options.items() for word in pair)),
         stdin=subprocess.DEVNULL,
-        pass_fds=(means.fuse, means.cache, means.view, means.owner, told),
+        stderr=None if gate is None else gate.said,
+        env=program.environ(os.environ),
+        pass_fds=passed,
         start_new_session=True,
     )
-    try:
-        yield server
-    finally:
-        if server.poll() is None:
-            server.terminate()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        server.terminate()
+        try:
             server.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()

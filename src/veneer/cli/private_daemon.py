@@ -25,6 +25,7 @@ from veneer.cli.config import Settings
 from veneer.cli.output import Output
 from veneer.daemon.listening import DEFAULT_NAME, DIRECTORY, connected, listen
 from veneer.model.errors import CacheError, DaemonError, MachineError, VeneerError
+from veneer.model.program import Program
 
 START_SECONDS = 20.0
 """How long a command waits for the daemon that it started."""
@@ -64,7 +65,7 @@ class WatchedDaemon:
 
     Implements ``environment.Companion``. A private daemon that gave way to a rival, and one that somebody killed, have
     a successor at once; one that ended with an error of its own is reported and has none, nor has the last of
-    RESTARTS within RESTART_SECONDS.
+    RESTARTS within RESTART_SECONDS. A program that was adopted and fails gives way to the one before.
     """
 
     def __init__(self, settings: Settings, session: str, output: Output, *, nix: bool = False) -> None:
@@ -76,6 +77,9 @@ class WatchedDaemon:
         self._output = output
         self._starts: list[float] = []
         self._private: PrivateDaemon | None = None
+        self._program: Program | None = None
+        self._before: list[Program | None] = []
+        """What to go back to, when the adopted program fails."""
         self.client = self._begin()
 
     def fileno(self) -> int:
@@ -85,6 +89,12 @@ class WatchedDaemon:
         if self.client.absorb():
             return True
         return self._succeed()
+
+    def adopt(self, program: Program) -> None:
+        """The next daemon is this program."""
+        if program != self._program:
+            self._before = [self._program]
+            self._program = program
 
     def close(self) -> None:
         self.client.close()
@@ -112,7 +122,7 @@ class WatchedDaemon:
         if self._nix and self._listening is None:
             self.nix_socket.parent.mkdir(mode=0o700, exist_ok=True)
             self._listening = listen(self.nix_socket, shared=False)
-        self._private = start(self._settings, self._session, self._listening)
+        self._private = start(self._settings, self._session, self._listening, self._program)
         if self._nix:
             self._private.client.tell("nix-socket", {"name": self._session})
         return self._private.client
@@ -139,8 +149,12 @@ class WatchedDaemon:
                 self._private.process.wait(START_SECONDS)
                 error = self._private.failure()
                 if error is not None and (self._private.process.returncode or 0) > 0:
-                    raise error
-                if error is not None:
+                    if not self._before:
+                        raise error
+                    self._program = self._before.pop()
+                    self._output.error(error)
+                    self._output.warning("the version before goes on as the store daemon")
+                elif error is not None:
                     self._output.warning("the store daemon was killed; starting it again")
             recent = [at for at in self._starts if at > time.monotonic() - RESTART_SECONDS]
             if len(recent) > RESTARTS:
@@ -176,10 +190,16 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-def start(settings: Settings, session: str = "", nix_socket: socket.socket | None = None) -> PrivateDaemon:
+def start(
+    settings: Settings,
+    session: str = "",
+    nix_socket: socket.socket | None = None,
+    program: Program | None = None,
+) -> PrivateDaemon:
     """Start a private daemon for the settings' cache directory; returns at once.
 
     ``nix_socket``: listens; what Nix asks there is answered when the session asks for a worker socket of its own name.
+    ``program``: another one than this.
     """
     make_cache_dir(settings.cache_dir)
     log = settings.cache_dir / LOG_NAME
@@ -195,7 +215,7 @@ def start(settings: Settings, session: str = "", nix_socket: socket.socket | Non
             size = 0
         process = subprocess.Popen(
             [
-                *daemon_command(settings, client_fd=theirs.fileno()),
+                *daemon_command(settings, client_fd=theirs.fileno(), program=program),
                 *([] if nix_socket is None else ["--nix-socket", f"{session}={nix_socket.fileno()}"]),
             ],
             stdin=subprocess.DEVNULL,
@@ -204,6 +224,7 @@ def start(settings: Settings, session: str = "", nix_socket: socket.socket | Non
             pass_fds=(theirs.fileno(), *(() if nix_socket is None else (nix_socket.fileno(),))),
             start_new_session=True,  # Ctrl-C is for the user's command
             cwd="/",
+            env=None if program is None else program.environ(os.environ),
         )
     except OSError as error:
         ours.close()
@@ -219,11 +240,19 @@ def start(settings: Settings, session: str = "", nix_socket: socket.socket | Non
     return PrivateDaemon(process, Client(ours, settings.view(session), str(log)), log, size)
 
 
-def daemon_command(settings: Settings, *, client_fd: int) -> list[str]:
+def daemon_command(settings: Settings, *, client_fd: int, program: Program | None = None) -> list[str]:
     """The private daemon's command line."""
     limit = [] if settings.max_bytes is None else ["--max-bytes", str(settings.max_bytes)]
-    module = [sys.executable, "-m", "veneer.daemon", "--cache", str(settings.cache_dir)]
-    return [*module, *limit, "--exit-when-idle", "--client-fd", str(client_fd)]
+    module = [sys.executable, "-m", "veneer.daemon"] if program is None else program.command("veneer.daemon")
+    return [
+        *module,
+        "--cache",
+        str(settings.cache_dir),
+        *limit,
+        "--exit-when-idle",
+        "--client-fd",
+        str(client_fd),
+    ]
 
 
 def make_cache_dir(path: Path) -> None:

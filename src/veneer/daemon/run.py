@@ -105,7 +105,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         answer_seconds=settings.answer_seconds,
         inherited=settings.nix_sockets,
     )
-    control = Control(store, sessions, workers, time.time, stop.set)
+    control = Control(store, sessions, workers, time.time, stop.set, private=settings.private)
     idle = _IdleEnd(stop.set, lambda go_on: _sync(cache, go_on)) if settings.private else None
     requests = RequestServer(
         store,

@@ -15,7 +15,9 @@ from typing import Any, Literal
 from veneer.model import errors
 from veneer.model.errors import VeneerError, printable
 
-Kind = Literal["init", "ready", "started", "stopped", "lingers", "ended", "server-ended", "warning", "failed"]
+Kind = Literal[
+    "init", "ready", "started", "stopped", "lingers", "ended", "server-ended", "adopt", "warning", "failed"
+]
 _LIMIT = 1 << 16
 _MAX_FDS = 4
 _TEXT_LIMIT = 4000
@@ -25,7 +27,7 @@ _TEXT_LIMIT = 4000
 class Message:
     """``init``: fds [its pidfd]. ``started``: fds [the command's pidfd]. ``ready``: others may join.
     ``stopped``: number. ``ended``: status, signal as of RunOutcome. ``lingers``: the same; others still use the environment.
-    ``server-ended``, ``warning``: text. ``failed``: text (what), where, hint, error (class name)."""
+    ``server-ended``, ``warning``: text. ``adopt``: program, which the next store daemon is to be. ``failed``: text (what), where, hint, error (class name)."""
 
     kind: Kind
     fields: dict[str, Any]

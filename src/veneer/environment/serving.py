@@ -13,13 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from veneer.environment import figures, syscalls
 from veneer.environment.plan import LOWER_ROOT
-from veneer.environment.spec import RunSpec
 from veneer.formats.mountinfo import MountInfo, parse_mountinfo
 from veneer.model.errors import VeneerError, printable
 from veneer.mount import succession
@@ -54,6 +53,22 @@ class Duty:
     go_fd: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is served. ``view``, ``miss_seconds``: as in RunSpec. ``host_store``: the host's own store when it lies beneath ours, without links."""
+
+    view: dict[str, Any] | None
+    miss_seconds: float
+    host_store: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Content:
+        return cls(fields["view"], fields["miss_seconds"], fields["host_store"])
+
+
 Serve = Callable[[Duty], Report]
 """Serves until SIGTERM, which is blocked at the start; returns the final report."""
 LoadServer = Callable[[], Serve]
@@ -64,12 +79,12 @@ def start(load: LoadServer, duty: Duty) -> int:
     """Fork a mount server; its pid. OSError. Its report goes to ``report_fd`` (``figures``)."""
     pid = os.fork()
     if pid == 0:
-        _child(load, duty)
+        become_server(load, duty)
     return pid
 
 
-def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
-    """The real one. ``host_store``: the host's own store when it lies beneath ours, without links."""
+def mount_server(content: Content) -> LoadServer:
+    """The real one."""
 
     def load() -> Serve:
         from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
@@ -82,13 +97,13 @@ def mount_server(spec: RunSpec, host_store: str | None = None) -> LoadServer:
             server = MountServer(
                 duty.fuse_fd,
                 duty.cache_fd,
-                spec.view,
-                miss_seconds=spec.miss_seconds,
+                content.view,
+                miss_seconds=content.miss_seconds,
                 events=tell_init,
                 session=duty.session,
                 agreed=functools.partial(succession.tell, duty.session_fd),
                 since=duty.since,
-                host_store=None if host_store is None else _open_host_store(host_store),
+                host_store=None if content.host_store is None else _open_host_store(content.host_store),
             )
 
             def stop_on_request() -> None:
@@ -145,7 +160,8 @@ def answers_at_once(mounts: Sequence[MountInfo], device: tuple[int, int]) -> boo
     return True
 
 
-def _child(load: LoadServer, duty: Duty) -> NoReturn:
+def become_server(load: LoadServer, duty: Duty) -> NoReturn:
+    """Be a mount server, and nothing else, until the end of the process."""
     status = 1
     try:
         syscalls.set_process_name("veneer-mount")

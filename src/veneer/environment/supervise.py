@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from veneer.environment import living, serving, syscalls, upper
+from veneer.environment import living, running, serving, syscalls, upper
 from veneer.environment.channel import Channel, Message, failure
 from veneer.environment.facts import HostFacts, read_facts
 from veneer.environment.figures import Figures
@@ -39,6 +39,7 @@ from veneer.environment.nix import settings
 from veneer.environment.plan import Step, plan
 from veneer.environment.spec import RunOutcome, RunSpec
 from veneer.model.errors import CacheError, MachineError, UsageError, VeneerError
+from veneer.model.program import Program
 
 Warn = Callable[[str], None]
 
@@ -61,11 +62,14 @@ class Companion(Protocol):
         """It can be read. False: nothing is to be watched any more. Must not block or raise."""
         ...
 
+    def adopt(self, program: Program) -> None:
+        """What it starts from now on is this program. Must not block or raise."""
+        ...
+
 
 def run(
     spec: RunSpec,
     *,
-    load_server: serving.LoadServer | None = None,
     warn: Warn | None = None,
     companion: Companion | None = None,
     layer: upper.Layer | None = None,
@@ -73,8 +77,7 @@ def run(
 ) -> RunOutcome:
     """Run a command in an environment; blocks until it, everything that it left and all who joined have ended.
 
-    The process must have one thread. ``warn`` takes a sentence at once (default: stderr). ``load_server`` replaces the
-    mount server, for tests; ``companion`` is looked after meanwhile. ``layer``: the named one, claimed and released
+    The process must have one thread. ``warn`` takes a sentence at once (default: stderr). ``companion`` is looked after meanwhile. ``layer``: the named one, claimed and released
     here; ``ready`` is called when a named environment can be joined. UsageError: the name is in use, the store directory
     cannot be provided. MachineError: what to enable. CacheError: no cache directory. VeneerError: the environment was
     killed.
@@ -92,14 +95,15 @@ def run(
         foreground_restored() as restore,
     ):
         cache_fd = -1
+        listening = None
         try:
             cache_fd = _open_cache(spec.cache_root)
             layer = layer or _take_layer(spec, tell)
             facts = read_facts(spec.store_dir, os.fspath(layer.directory) if layer else None)
             spec = with_nix(spec, facts)
             steps = plan(facts, spec)
-            load = load_server or serving.mount_server(spec, facts.store)
-            keeper = _start(spec, facts, steps, cache_fd, caller_mask, load, layer)
+            listening = running.listen(spec.environments_root)
+            keeper = _start(spec, facts, steps, cache_fd, caller_mask, layer, listening)
             os.close(cache_fd)
             cache_fd = -1
             outcome = Supervisor(keeper, signals, tell, companion, ready, restore, not spec.command).wait()
@@ -108,6 +112,8 @@ def run(
         finally:
             if cache_fd >= 0:
                 os.close(cache_fd)
+            if listening is not None:
+                listening.remove()
             if layer is not None:
                 _release(layer, tell)
 
@@ -137,8 +143,8 @@ def _start(
     steps: list[Step],
     cache_fd: int,
     caller_mask: set[int],
-    load: serving.LoadServer,
     layer: upper.Layer | None,
+    listening: running.Listening | None,
 ) -> Keeper:
     channel, theirs = Channel.pair()
     report_fd, report_writer = os.pipe2(os.O_CLOEXEC)
@@ -165,8 +171,18 @@ def _start(
             users_fd=users_fd,
             described=described,
         )
-        keep(task, Means(cache_fd, report_writer, load), parent)
+        content = serving.Content(spec.view, spec.miss_seconds, facts.store)
+        about = running.describe(
+            "environment", cache_root=spec.cache_root, name=spec.name, command=" ".join(spec.command)
+        )
+        keep(
+            task,
+            Means(cache_fd, report_writer, content, None if listening is None else listening.socket, about),
+            parent,
+        )
     theirs.close()
+    if listening is not None:
+        listening.close()
     os.close(report_writer)
     return Keeper(pid, os.pidfd_open(pid), channel, report_fd)
 
@@ -270,6 +286,9 @@ class Supervisor:
                 self.warn(
                     f"the mount server ended early ({fields['text']}): the store cannot be read any more"
                 )
+            case "adopt":
+                if self.companion is not None:
+                    self.companion.adopt(Program.from_json(fields["program"]))
             case "warning":
                 self.warn(fields["text"])
             case "failed":

@@ -10,6 +10,13 @@
     --owner-fd N     a pipe that ends with whoever mounted; then
     --mounted-on DIR is unmounted, for the owner was killed and cannot do it
 
+and for a server that takes over from one of another version:
+
+    --formats JSON   what that one has in common with its successors
+    --ready-fd N     where it is told that this one could serve; from then on
+    --stderr-fd N    is standard error
+    --go-fd N        a pipe: serve once there is a byte in it, end at its end
+
 Ends with 0 when unmounted or on SIGTERM. It ignores SIGINT and SIGHUP: those are meant for the command in the
 environment, which still reads files while it handles them.
 """
@@ -41,6 +48,10 @@ _OPTIONS = (
     "--session",
     "--mounted-on",
     "--threads",
+    "--formats",
+    "--ready-fd",
+    "--stderr-fd",
+    "--go-fd",
 )
 
 
@@ -64,6 +75,8 @@ def main(arguments: list[str]) -> int:
             session=session,
             agreed=agreed,
         )
+        if "--ready-fd" in options and not _may_begin(options):
+            return 0
     except VeneerError as error:
         sys.stderr.write(f"veneer mount: {error}\n")
         return error.exit_code
@@ -98,6 +111,20 @@ def _succession(options: dict[str, str]) -> tuple[Session | None, Callable[[Sess
 
         agreed = functools.partial(succession.tell, int(options["--session-fd"]))
     return session, agreed
+
+
+def _may_begin(options: dict[str, str]) -> bool:
+    """Waits for that. FormatError: the server before is of a version that this one cannot follow."""
+    import json
+
+    from . import succession
+
+    succession.check_formats(json.loads(options["--formats"]))
+    os.dup2(int(options["--stderr-fd"]), 2)
+    ready = int(options["--ready-fd"])
+    os.write(ready, succession.READY)
+    os.close(ready)
+    return bool(os.read(int(options["--go-fd"]), 1))
 
 
 def _end_with_owner(owner: int, target: str, server: MountServer) -> None:

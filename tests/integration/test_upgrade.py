@@ -1,0 +1,280 @@
+"""Another version of the program takes over what runs, and readers do not notice; one that cannot serve takes over nothing."""
+
+from __future__ import annotations
+
+import compileall
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import veneer
+from tests.support.callers import Caller, eventually, read_line
+from tests.support.storm import (
+    READERS,
+    Readable,
+    children,
+    kill_server,
+    make_readable,
+    reading,
+    server_of_mount,
+    server_of_run,
+)
+
+_LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.fuse,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
+    ),
+    pytest.mark.skipif(_LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)"),
+]
+
+UPGRADES = 4
+BREAKAGES = {
+    "import": ("mount/server.py", "from __future__ import annotations\n", "from __future__ import annotations\nimport there_is_no_such_module\n"),
+    "start": ("mount/server.py", "        self._fd = fuse_fd\n", "        raise RuntimeError('it was broken on purpose')\n"),
+    "answers": ("mount/server.py", "        Worker(self._shared).serve(self._fd, self._ended.is_set)\n", "        self._ended.wait()\n"),
+    "format": ("mount/succession.py", '"session": 1,', '"session": 2,'),
+}  # fmt: skip
+
+MakeVersion = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def readable(open_directory: Path) -> Readable:
+    return make_readable(open_directory / "upgrade-readable", 4)
+
+
+@pytest.fixture(scope="module")
+def make_version(open_directory: Path) -> MakeVersion:
+    """A copy of the package that says it is ``version``; with one of BREAKAGES, perhaps."""
+
+    def make(version: str, broken: str = "") -> Path:
+        place = open_directory / f"version-{version}"
+        package = place / "veneer"
+        if place.exists():
+            return place
+        shutil.copytree(Path(veneer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        _replace(
+            package / "__init__.py", f'__version__ = "{veneer.__version__}"', f'__version__ = "{version}"'
+        )
+        if broken:
+            name, old, new = BREAKAGES[broken]
+            _replace(package / name, old, new)
+        compileall.compile_dir(package, quiet=1)  # who may not write there would compile it each time
+        return place
+
+    return make
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def of_version(caller: Caller, place: Path) -> Caller:
+    """The same user with another program."""
+    path = os.pathsep.join([str(place), *filter(None, [caller.environment.get("PYTHONPATH", "")])])
+    return dataclasses.replace(caller, environment={**caller.environment, "PYTHONPATH": path})
+
+
+def use(caller: Caller, readable: Readable) -> None:
+    caller.use(f"file://{readable.cache.directory}", key=readable.cache.key)
+
+
+def upgrade(caller: Caller, *words: str, status: int = 0) -> dict[str, Any]:
+    done = caller.veneer("upgrade", "--json", *words, sources=False)
+    assert done.returncode == status, (done.stdout, done.stderr)
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def check(found: dict[str, Any]) -> None:
+    assert found["errors"] == []
+    assert found["wrong"] == []
+    assert found["reads"] > 0
+    print(f"{found['reads']} reads, longest {found['longest']:.2f} s")
+
+
+def keeper_of(run: int) -> int:
+    return next(
+        pid for pid in children(run) if Path(f"/proc/{pid}/comm").read_text().strip() == "veneer-keeper"
+    )
+
+
+def test_readers_in_an_environment_do_not_notice_upgrades(
+    caller: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(caller, readable)
+    versions = [of_version(caller, make_version(f"1.{n}")) for n in (0, 1)]
+    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
+    process = versions[0].popen(versions[0].words("run", "--", *readers))
+    with reading(process) as result:
+        keeper = keeper_of(process.pid)
+        for n in range(1, UPGRADES + 1):
+            server = server_of_run(process.pid)
+            found = upgrade(versions[n % 2])
+            (row,), (daemon,) = found["running"], found["daemons"]
+            assert (row["state"], row["before"], row["version"]) == (
+                "upgraded",
+                f"1.{(n - 1) % 2}",
+                f"1.{n % 2}",
+            )
+            assert (daemon["state"], daemon["version"]) == ("upgraded", f"1.{n % 2}")
+            assert row["pid"] == keeper == keeper_of(process.pid)
+            assert server_of_run(process.pid) not in (0, server)
+            assert str(make_version(f"1.{n % 2}")) in Path(f"/proc/{keeper}/environ").read_text()
+            kill_server(lambda: server_of_run(process.pid))  # the new keeper keeps
+        found = result()
+    check(found)
+    assert found["said"].count("another took over") == UPGRADES
+    assert not list((caller.home / "environments" / ".running").iterdir())
+
+
+def test_readers_of_a_mount_do_not_notice_upgrades(
+    as_root: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(as_root, readable)
+    versions = [of_version(as_root, make_version(f"1.{n}")) for n in (0, 1)]
+    with mounted(versions[0]) as (mount, target):
+        readers = [sys.executable, "-c", READERS.read_text(), readable.plan(str(target))]
+        with reading(as_root.popen(readers)) as result:
+            for n in range(1, UPGRADES + 1):
+                found = upgrade(versions[n % 2])
+                (row,), (daemon,) = found["running"], found["daemons"]
+                assert (row["kind"], row["place"], row["pid"]) == ("mount", str(target), mount.pid)
+                assert (row["state"], row["version"]) == ("upgraded", f"1.{n % 2}")
+                assert (daemon["state"], daemon["version"]) == ("upgraded", f"1.{n % 2}")
+                kill_server(lambda: server_of_mount(mount.pid))
+            found = result()
+        check(found)
+        mount.send_signal(signal.SIGTERM)
+        assert mount.wait(20) == 0
+    assert str(target) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_named_environment_is_upgraded_by_name_and_ls_says_so(
+    caller: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(caller, readable)
+    old, new = (of_version(caller, make_version(f"1.{n}")) for n in (0, 1))
+    for name in ("one", "two"):
+        done = old.veneer("up", name)
+        assert done.returncode == 0, done.stderr
+    try:
+        found = upgrade(new, "one")
+        assert [(row["name"], row["state"]) for row in found["running"]] == [("one", "upgraded")]
+        assert versions_in_ls(new) == {"one": "1.1", "two": "1.0"}
+        assert [row["state"] for row in upgrade(new)["running"]] == ["current", "upgraded"]
+        done = new.veneer(
+            "enter", "one", "--", "cat", f"/nix/store/{next(iter(readable.digests))}", sources=False
+        )
+        assert done.returncode == 0, done.stderr
+        done = new.veneer("upgrade", "three", sources=False)
+        assert done.returncode == 2
+        assert "three is not up" in done.stderr
+    finally:
+        for name in ("one", "two"):
+            done = new.veneer("down", name, sources=False)
+            assert done.returncode == 0, done.stderr
+
+
+def versions_in_ls(caller: Caller) -> dict[str, str]:
+    rows = json.loads(caller.veneer("ls", "--json", sources=False).stdout)["environments"]
+    return {row["name"]: row["version"] for row in rows}
+
+
+@pytest.mark.parametrize("broken", BREAKAGES)
+def test_a_version_that_cannot_serve_leaves_the_old_one_running(
+    caller: Caller, readable: Readable, make_version: MakeVersion, broken: str
+) -> None:
+    use(caller, readable)
+    old = of_version(caller, make_version("1.0"))
+    new = of_version(caller, make_version(f"1.{broken}", broken))
+    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
+    process = old.popen(old.words("run", "--", *readers))
+    with reading(process) as result:
+        keeper = keeper_of(process.pid)
+        (row,) = upgrade(new, status=1)["running"]
+        assert (row["state"], row["version"]) == ("refused", "1.0")
+        said = {
+            "import": "there_is_no_such_module",
+            "start": "did not answer the kernel",
+            "answers": "did not answer the kernel",
+            "format": "the running one has version 1 of the session format, this program 2",
+        }
+        assert said[broken] in row["why"]
+        assert keeper_of(process.pid) == keeper
+        eventually(lambda: server_of_run(process.pid))
+        assert [row["state"] for row in upgrade(old)["running"]] == ["current"]
+        found = result()
+    check(found)
+
+
+def test_a_mount_keeps_its_server_when_the_new_one_cannot_serve(
+    as_root: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(as_root, readable)
+    with mounted(of_version(as_root, make_version("1.0"))) as (mount, target):
+        for broken in BREAKAGES:
+            found = upgrade(of_version(as_root, make_version(f"1.{broken}", broken)), status=1)
+            assert [(row["state"], row["version"]) for row in found["running"]] == [("refused", "1.0")]
+            assert (target / readable.programs[0]).read_bytes()
+            assert mount.poll() is None
+
+
+def test_a_daemon_that_cannot_start_leaves_the_old_one_running(
+    as_root: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(as_root, readable)
+    place = make_version("1.daemon")
+    (place / "veneer" / "daemon" / "run.py").write_text("raise ImportError('no daemon')\n")
+    with mounted(of_version(as_root, make_version("1.0"))) as (_, target):
+        before = as_root.daemon_pid()
+        found = upgrade(of_version(as_root, place), status=1)
+        (daemon,) = found["daemons"]
+        assert (daemon["state"], daemon["version"]) == ("refused", "1.0")
+        assert "no daemon" in daemon["why"]
+        assert as_root.daemon_pid() == before
+        assert (target / readable.programs[0]).read_bytes()
+
+
+def test_nothing_runs_and_that_is_said(as_root: Caller) -> None:
+    done = as_root.veneer("upgrade", sources=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing runs" in done.stderr
+    assert upgrade(as_root)["running"] == []
+
+
+@contextlib.contextmanager
+def mounted(caller: Caller) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A ``veneer mount`` and where it is."""
+    target = caller.home / "mnt"
+    target.mkdir()
+    mount = caller.popen(caller.words("mount", target), stdin=subprocess.DEVNULL)
+    try:
+        assert mount.stderr is not None
+        assert "mounted on" in read_line(mount.stderr)
+        yield mount, target
+    finally:
+        if mount.poll() is None:
+            mount.terminate()
+        mount.wait(20)
+        for pipe in (mount.stdout, mount.stderr):
+            if pipe is not None:
+                pipe.close()
