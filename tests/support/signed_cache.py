@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def make_path(name: str, size: int = 10_001) -> MadePath:
 
 
 class SignedCache:
-    """Files below ``directory``. ``compression``: none, zstd or xz."""
+    """Files below ``directory``. ``compression``: none, zstd or xz. ``references``: name of a path -> names of paths."""
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class SignedCache:
         sized: bool = True,
         listings: bool = True,
         secret: SecretKey | None = None,
+        references: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.directory = directory
         self.secret = secret or SecretKey.generate("made-1")
@@ -87,6 +88,9 @@ class SignedCache:
                 compression,
                 Hash("sha256", hashlib.sha256(made.nar).digest()),
                 len(made.nar),
+                references=tuple(
+                    self.paths[name].path for name in (references or {}).get(made.path.name, ())
+                ),
                 file_hash=Hash("sha256", hashlib.sha256(packed).digest()) if sized else None,
                 file_size=len(packed) if sized else None,
             )

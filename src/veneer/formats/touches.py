@@ -1,6 +1,6 @@
 """Touches: what a mount server notes while a trace is recorded, before names are known. Our own format, version 1, for one run.
 
-Rows of 16 bytes, little-endian, appended with one write(2) each (O_APPEND) by any number of servers, to a file in memory:
+Rows of 16 bytes, little-endian, appended with one write(2) each (O_APPEND) by any number of servers, to one file:
 
     u64 node id · u32 first page · u32 pages          a READ: PAGE bytes each, perhaps beyond the file's end
     u64 node id of a root · u32 length · u32 0        the path's name, which follows, padded with zeros to 16 bytes

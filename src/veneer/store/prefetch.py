@@ -10,6 +10,8 @@ import asyncio
 import mmap
 from collections.abc import Callable, Collection
 
+from veneer.cache.index import NarState
+from veneer.formats import chunk_map
 from veneer.formats.trace import Ranges, Trace, TracedPath
 from veneer.formats.tree_index import TreeIndex
 from veneer.model.errors import FormatError, VeneerError
@@ -110,11 +112,16 @@ class Prefetch:
         row = await store.lookup(view, path, account)
         if traced.files:
             ranges = await asyncio.to_thread(self._ranges, row.number, traced)
-            self.outcome.bytes += sum(size for _, size in ranges)
+            wanted = sum(size for _, size in ranges)
+            self.outcome.bytes += wanted
             if ranges:
-                if not self._fits(row.nar_size):
+                size = wanted if chunk_map.is_announced(info.info) else row.nar_size
+                if not self._fits(size):
                     return False
-                await store.ahead(view, path, account)
+                await store.load(view, path, ranges, account)
+                now = store.cache.index.path(row.number)
+                is_whole = now is not None and now.nar == NarState.WHOLE
+                self._size += (row.nar_size if is_whole else wanted) - size
         return True
 
     def _ranges(self, number: int, traced: TracedPath) -> Ranges:
