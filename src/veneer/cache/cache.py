@@ -10,6 +10,7 @@ C2  A damaged index is moved aside and a new one made, with a new generation and
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class SyncBatch:
 
     root: Path
     files: tuple[Unsynced, ...]
+    lost: tuple[Unsynced, ...] = ()
+    """Files that the disk failed to take. They were removed: the kernel says it once and then takes them for written."""
 
     def run(self, go_on: Callable[[], bool] = lambda: True) -> SyncBatch:
         """fdatasync of the files, fsync of their directories, then of the index; then the marks. CacheError when one fails.
@@ -61,6 +64,7 @@ class SyncBatch:
         """
         directories: set[Path] = set()
         done: list[Unsynced] = []
+        lost: list[Unsynced] = []
         synced: dict[Path, recovery.Version] = {}
         at = self.root
         try:
@@ -68,7 +72,14 @@ class SyncBatch:
                 if not go_on():
                     break
                 at = self.root / recovery.NAMES[file.kind](file.number)
-                version = _sync(at, os.fdatasync)
+                try:
+                    version = _sync(at, os.fdatasync)
+                except OSError as error:
+                    if error.errno != errno.EIO or file.kind == "sparse":
+                        raise
+                    at.unlink(missing_ok=True)
+                    lost.append(file)
+                    continue
                 if version is not None:
                     synced[at] = version
                     directories.update((at.parent, at.parent.parent))
@@ -84,7 +95,7 @@ class SyncBatch:
                 recovery.mark(at, version)
         except OSError as error:
             raise directory.cache_error(error, at, "write to") from error
-        return SyncBatch(self.root, tuple(done))
+        return SyncBatch(self.root, tuple(done), tuple(lost))
 
 
 def _sync(path: Path, sync: Callable[[int], None]) -> recovery.Version | None:
@@ -221,8 +232,17 @@ class Cache:
         self.index.flush()
         return SyncBatch(self.root, tuple(self.index.unsynced()))
 
-    def end_sync(self, batch: SyncBatch) -> None:
+    def end_sync(self, batch: SyncBatch) -> list[int]:
+        """Notes what was made safe, and what was lost: the numbers of these NARs, for mount servers to close."""
+        listed = self.index.unsynced() if batch.lost else []
+        lost = [file for file in batch.lost if file in listed]  # else fetched again meanwhile
+        if lost:
+            self.index.forget_files(
+                trees=[file.number for file in lost if file.kind == "tree"],
+                nars=[file.number for file in lost if file.kind == "nar"],
+            )
         self.index.mark_synced(batch.files)
+        return [file.number for file in lost if file.kind == "nar"]
 
     def close(self) -> None:
         """Commits and gives the lock back."""

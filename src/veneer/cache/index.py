@@ -86,6 +86,13 @@ class DamagedIndexError(CacheError):
     """SQLite cannot read the index. ``Cache.open`` moves it aside and begins anew; elsewhere a restart is needed."""
 
 
+class UnavailableIndexError(CacheError):
+    """Another program holds the index, or its disk fails. It may be over at the next try."""
+
+
+_FOR_NOW = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR)
+
+
 def damage_mark(path: Path) -> Path:
     """The file that tells the next start that the index at ``path`` is broken."""
     return path.with_name(path.name + ".damaged")
@@ -97,7 +104,13 @@ def checkpoint(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path, timeout=2.0, isolation_level=None)) as db:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
     except sqlite3.Error as error:
-        raise CacheError(f"cannot write back the cache's index: {error}", where=str(path)) from error
+        kind = UnavailableIndexError if _code(error) in _FOR_NOW else CacheError
+        raise kind(f"cannot write back the cache's index: {error}", where=str(path)) from error
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0: unknown."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
 class Index:
@@ -475,7 +488,7 @@ class Index:
 
     def _failure(self, error: sqlite3.Error) -> CacheError:
         """What to raise for ``error``; after it no transaction is open and the counts are those of the file."""
-        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        code = _code(error)
         where = str(self._path)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             with contextlib.suppress(
@@ -496,8 +509,10 @@ class Index:
             sqlite3.SQLITE_CANTOPEN: "was the cache directory deleted? restart the daemon",
             sqlite3.SQLITE_PROTOCOL: "locks do not work here (NFS?); choose a cache directory on a local disk",
             sqlite3.SQLITE_BUSY: "another program has the index open and locked",
+            sqlite3.SQLITE_IOERR: "the disk of the cache directory fails; choose another one, or look at dmesg",
         }
-        return CacheError(f"cannot use the cache's index: {error}", where=where, hint=hints.get(code, ""))
+        kind = UnavailableIndexError if code in _FOR_NOW else CacheError
+        return kind(f"cannot use the cache's index: {error}", where=where, hint=hints.get(code, ""))
 
     # -- details
 

@@ -19,7 +19,7 @@ import msgspec
 
 from veneer.formats import request_wire as wire
 from veneer.formats.request_wire import Frame, Kind
-from veneer.model.errors import DaemonError, FormatError, VeneerError
+from veneer.model.errors import CacheError, DaemonError, FormatError, VeneerError
 from veneer.model.store_path import StorePath
 from veneer.store.resolve import AbsentError
 from veneer.store.store import Store
@@ -36,6 +36,8 @@ RETIRED_TOLD = 1000
 """Condemned path numbers that a new connection is told of, at most: a mount server may have missed the notice."""
 OPEN_VERBS = ("closure", "content", "prefetch", "report", "tree")
 """CONTROL verbs for everybody: no more than a mount server may ask."""
+
+_LAST = 10
 
 
 class Controller(Protocol):
@@ -172,6 +174,8 @@ class RequestServer:
             session.send(Frame(Kind.ABSENT, frame.id, wire.absent_body(int(absent.seconds * 1000))))
             return
         except VeneerError as error:
+            if isinstance(error, CacheError):  # sources' failures were told where they happened
+                self._tell(frame, error)
             session.send(
                 Frame(Kind.FAILED, frame.id, wire.failed_body(error.errno, str(error), error.exit_code))
             )
@@ -181,6 +185,12 @@ class RequestServer:
             session.send(Frame(Kind.FAILED, frame.id, wire.failed_body(VeneerError.errno, story.text)))
             return
         session.send(reply)
+
+    def _tell(self, frame: Frame, error: CacheError) -> None:
+        """A story, unless one of the last few is this one."""
+        if error.story() not in {story.text for story in self._store.stories.rows()[-_LAST:]}:
+            about = frame.body.decode("ascii", "replace") if frame.kind is Kind.LOOKUP else frame.kind.name
+            self._store.stories.add(about, error)
 
     async def _with_signs(self, session: Session, frame: Frame) -> Frame:
         """The reply; meanwhile a PROGRESS every SIGN_SECONDS in which content arrived, so that nobody gives up on a big NAR."""

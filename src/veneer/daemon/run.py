@@ -14,7 +14,9 @@ from pathlib import Path
 
 from veneer.cache import directory
 from veneer.cache.cache import Cache
+from veneer.cache.index import UnavailableIndexError
 from veneer.formats.request_wire import SOCKET_NAME
+from veneer.formats.tree_index import nar_file
 from veneer.model.errors import CacheError, CacheFullError
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
@@ -37,6 +39,8 @@ LAST_SYNC_SECONDS = 10.0
 """How long a private daemon without clients may go on making files safe, so that another boot need not read them."""
 NEGATIVE_KEPT_SECONDS = 86400.0
 """Answers "there is none" are forgotten after this; whether they are still believed is the view's affair."""
+UNAVAILABLE_SECONDS = 60.0
+"""How long the index may be out of reach before the daemon ends."""
 FLUSH_ROOM = 64 << 20
 """Bytes to make room for when the index could not be written."""
 
@@ -121,7 +125,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
     sock = listen(cache.root / SOCKET_NAME, settings.shared)
     listening()
     server = await asyncio.start_unix_server(requests.connected, sock=sock)
-    flushing = asyncio.create_task(_flush(cache, store))
+    flushing = asyncio.create_task(_flush(cache, store, notices.dropped))
     if settings.client_fd is not None:
         streams = await asyncio.open_unix_connection(sock=socket.socket(fileno=settings.client_fd))
         starter = asyncio.create_task(requests.connected(*streams))  # noqa: F841, RUF006 - held here
@@ -145,13 +149,14 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
             (cache.root / SOCKET_NAME).unlink()
 
 
-async def _flush(cache: Cache, store: Store) -> None:
+async def _flush(cache: Cache, store: Store, dropped: Callable[[int], None]) -> None:
     """Commit what the index gathered and, now and then, make files safe from power loss; for ever.
 
-    A full disk loses remembered answers, never what is served: room is made and the next turn tries again. Any other
-    failure ends the daemon with its error.
+    A full disk loses remembered answers, never what is served: room is made and the next turn tries again. So it is with an
+    index that another program holds, or whose disk fails, for UNAVAILABLE_SECONDS. Any other failure ends the daemon with its error.
     """
     turn = 0
+    unavailable_since: float | None = None
     while True:
         await asyncio.sleep(FLUSH_SECONDS)
         turn += 1
@@ -159,15 +164,27 @@ async def _flush(cache: Cache, store: Store) -> None:
             cache.index.flush()
             if turn % round(SYNC_SECONDS / FLUSH_SECONDS) == 0:
                 cache.index.forget_negative(time.time() - NEGATIVE_KEPT_SECONDS)
-                await _sync(cache)
+                for number in await _sync(cache):
+                    what = "dropped: the disk failed to take it"
+                    store.stories.add(nar_file(number), CacheError(what, where=str(cache.root)))
+                    dropped(number)
         except CacheFullError as error:
             store.stories.add(str(cache.root), error)
             store.make_room(FLUSH_ROOM)
+        except UnavailableIndexError as error:
+            if unavailable_since is None:
+                unavailable_since = time.monotonic()
+                store.stories.add(str(cache.root), error)
+            if time.monotonic() - unavailable_since > UNAVAILABLE_SECONDS:
+                raise
+        else:
+            unavailable_since = None
 
 
-async def _sync(cache: Cache, go_on: Callable[[], bool] = lambda: True) -> None:
+async def _sync(cache: Cache, go_on: Callable[[], bool] = lambda: True) -> list[int]:
+    """The numbers of the NARs that were lost in it."""
     batch = cache.begin_sync()
-    cache.end_sync(await asyncio.to_thread(batch.run, go_on))
+    return cache.end_sync(await asyncio.to_thread(batch.run, go_on))
 
 
 class _IdleEnd:
@@ -178,7 +195,7 @@ class _IdleEnd:
     """
 
     def __init__(
-        self, stop: Callable[[], None], last: Callable[[Callable[[], bool]], Coroutine[None, None, None]]
+        self, stop: Callable[[], None], last: Callable[[Callable[[], bool]], Coroutine[None, None, object]]
     ) -> None:
         self._stop = stop
         self._last = last

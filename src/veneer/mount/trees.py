@@ -26,6 +26,9 @@ BATCH_BUDGET = 20 << 20
 LARGEST_FAULT = 2 << 20
 """What one fault can map in: since Linux 6.18 the page's whole folio, before that 64 KiB around it."""
 BATCH = 32
+READ_FIRST = 16 << 20
+"""Bytes of an index that are read before it is mapped; nearly all are smaller."""
+_PIECE = 1 << 18
 
 
 class Trees:
@@ -73,6 +76,7 @@ class Trees:
             size = os.fstat(fd).st_size
             if size == 0:
                 raise FormatError("empty", where=tree_file(number))
+            _read_through(fd, min(size, READ_FIRST))
             mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
             with contextlib.suppress(OSError):  # a kernel without huge pages has nothing to be told
                 mapping.madvise(mmap.MADV_NOHUGEPAGE)  # one fault would map 2 MiB
@@ -123,6 +127,13 @@ class Trees:
             for index in self.mapped.values():
                 if isinstance(index.buffer, mmap.mmap):
                     index.buffer.madvise(mmap.MADV_DONTNEED)
+
+
+def _read_through(fd: int, size: int) -> None:
+    """What the disk cannot give is an OSError for one request here; at a mapped page it would be our end (SIGBUS)."""
+    scratch = bytearray(min(size, _PIECE))
+    for at in range(0, size, _PIECE):
+        os.preadv(fd, [scratch], at)
 
 
 class Absent:

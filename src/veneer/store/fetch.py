@@ -41,6 +41,8 @@ from .resolve import Candidate, doubt
 from .verify import CutError, receive_nar
 
 QUARANTINE_SECONDS = 3600.0
+INDEX_ROOM = 1 << 20
+"""Bytes that a full disk must have besides the NAR: its tree, and its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,7 @@ class Fetcher:
             if download.prefix:
                 raise
         except CacheFullError:
-            if download.prefix or not self._make_room(download.row.nar_size):
+            if download.prefix or not self._make_room(download.row.nar_size + INDEX_ROOM):
                 raise  # F4: what was shown of the first attempt would not be verified by the second
         return await self._attempt(download, candidate, account)
 

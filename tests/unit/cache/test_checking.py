@@ -134,7 +134,7 @@ def test_file_that_a_daemon_evicts_or_fetches_meanwhile_is_no_fault(tmp_path: Pa
     with open_cache(tmp_path) as cache:
         evicted, replaced, begun = (add_nar(cache, i).number for i in range(3))
         flip(cache.nars.path(replaced), 5)
-        turns = []
+        turns: list[None] = []
 
         def between() -> None:
             turns.append(None)
