@@ -17,11 +17,13 @@ from pathlib import Path
 from veneer.cli.client import Client
 from veneer.cli.options import split_store_path
 from veneer.cli.output import Output, count
+from veneer.cli.private_daemon import WatchedDaemon
 from veneer.formats import touches, trace
 from veneer.formats.trace import Trace, TracedFile, TracedPath
 from veneer.formats.tree_index import Kind, TreeIndex, tree_file
 from veneer.model.errors import FormatError, LimitError, UsageError, VeneerError
 from veneer.model.hashes import Hash
+from veneer.model.program import Program
 from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
 
 TREE_SECONDS = 5.0
@@ -146,6 +148,35 @@ def roots_in(words: Sequence[str]) -> list[str]:
             with contextlib.suppress(UsageError):
                 found[split_store_path(word)[0]] = None
     return list(found)
+
+
+@dataclass(slots=True)
+class Prefetching:
+    """Has the daemon, and each that follows it, prefetch a trace as long as we are connected. Implements ``environment.Companion``."""
+
+    daemon: WatchedDaemon
+    wanted: dict[str, object]
+    told: Client | None = None
+
+    def begin(self) -> Prefetching:
+        """Does not wait for the daemon."""
+        if self.daemon.client is not self.told:
+            self.told = self.daemon.client
+            with contextlib.suppress(VeneerError):  # it has gone; the next one is asked
+                self.told.tell("prefetch", self.wanted)
+        return self
+
+    def fileno(self) -> int:
+        return self.daemon.fileno()
+
+    def readable(self) -> bool:
+        is_there = self.daemon.readable()
+        if is_there:
+            self.begin()
+        return is_there
+
+    def adopt(self, program: Program) -> None:
+        self.daemon.adopt(program)
 
 
 @dataclass(slots=True)

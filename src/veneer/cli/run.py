@@ -13,13 +13,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from veneer.cli.client import Client
+from veneer.cli.client import Client, connect
 from veneer.cli.config import Flags, Settings, load_settings
 from veneer.cli.enter import has_sources_of, join, shell_or
 from veneer.cli.nix import NixFlags, nix_flags, nix_spec, with_host_store
@@ -30,7 +30,8 @@ from veneer.cli.run_report import closing_line, combine, touched, troubles
 from veneer.model.errors import VeneerError
 
 if TYPE_CHECKING:
-    from veneer.environment import Living
+    from veneer.environment import Companion, Living
+    from veneer.formats.trace import Trace
 
 FIGURES_SECONDS = 5.0
 """How long the closing figures may take; without them the line says less."""
@@ -51,6 +52,12 @@ FIGURES_SECONDS = 5.0
     metavar="SECONDS",
     help="How long a read waits for missing content that does not get on before it fails.",
 )
+@click.option(
+    "--trace",
+    metavar="FILE",
+    help="Write what was read, in order, for --prefetch and `veneer fetch --trace`.",
+)
+@click.option("--prefetch", "ahead", metavar="FILE", help="Load what this trace tells, beside the command.")
 @nix_flags
 @quiet_option("No closing line.")
 @json_option("The closing figures, and errors, as JSON on stderr; stdout is the command's.")
@@ -62,6 +69,8 @@ def run(
     name: str | None,
     report: str | None,
     patience: float,
+    trace: str | None,
+    ahead: str | None,
     nix: NixFlags,
 ) -> int:
     """Run a command with the whole of your binary caches under /nix/store.
@@ -77,20 +86,30 @@ def run(
     """
     settings = with_host_store(load_settings(flags), nix)
     words = shell_or(command)
+    brought = None if ahead is None else read_trace(ahead)
     layer = None
     if name is not None:
         from veneer import environment
 
         claimed = environment.claim(settings.environments_dir, name)
         if isinstance(claimed, environment.Living):
-            return _join(output, settings, claimed, words, report)
+            return _join(output, settings, claimed, words, report, trace, brought)
         layer = claimed
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
     began = time.monotonic()
-    with contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted)) as daemon:
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(
+            contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted))
+        )
+        companion: Companion = daemon if brought is None else prefetching(daemon, brought, words)
         from veneer import environment  # while the daemon starts
 
+        notes = None
+        if trace is not None:
+            from veneer.cli.recording import recorded
+
+            notes = stack.enter_context(recorded(trace, settings.cache_dir, lambda: daemon.client, output))
         outcome = environment.run(
             environment.RunSpec(
                 command=tuple(words),
@@ -101,10 +120,11 @@ def run(
                 environ=os.environ,
                 cwd=str(Path.cwd()),
                 name=name,
+                notes=notes,
                 nix=nix_spec(nix, daemon, settings.cache_dir, output),
             ),
             warn=output.warning,
-            companion=daemon,
+            companion=companion,
             layer=layer,
         )
         figures = _figures(daemon.client, outcome.report, output) if report or not output.quiet else None
@@ -120,13 +140,46 @@ def run(
     return end_as(outcome.status, outcome.signal)
 
 
-def _join(output: Output, settings: Settings, living: Living, words: list[str], report: str | None) -> int:
+def read_trace(file: str) -> Trace:
+    """The trace to prefetch. UsageError, FormatError."""
+    from veneer.cli.recording import read  # with what few runs need
+
+    return read(file)
+
+
+def prefetching(daemon: WatchedDaemon, trace: Trace, words: Sequence[str]) -> Companion:
+    """The daemon, which loads what a trace tells from now on. Does not wait."""
+    from veneer.cli.recording import Prefetching, request, roots_in
+
+    return Prefetching(daemon, request(trace, roots_in(words))).begin()
+
+
+def _join(
+    output: Output,
+    settings: Settings,
+    living: Living,
+    words: list[str],
+    report: str | None,
+    trace: str | None,
+    brought: Trace | None,
+) -> int:
     """The command in an environment that another one owns, whose figures these are."""
     if not has_sources_of(settings, living):
         output.warning(f"the environment {living.name} is up with other sources or settings: those count")
     if report is not None:
         output.warning(f"no report: the environment {living.name} belongs to another command, which counts")
-    outcome = join(output, settings, living, words, leaves=False)
+    if trace is not None:
+        output.warning(
+            f"no trace: the environment {living.name} belongs to another command; its own has what all of them read"
+        )
+    with contextlib.ExitStack() as stack:
+        if brought is not None:
+            from veneer.cli.recording import request, roots_in
+
+            client = connect(settings.cache_dir, settings.view(os.urandom(8).hex()))
+            if client is not None:
+                stack.enter_context(client).tell("prefetch", request(brought, roots_in(words)))
+        outcome = join(output, settings, living, words, leaves=False)
     return end_as(outcome.status, outcome.signal)
 
 

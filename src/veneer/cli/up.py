@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +24,7 @@ from veneer.model.errors import UsageError, VeneerError, printable
 if TYPE_CHECKING:
     from veneer.environment import Living
     from veneer.environment.channel import Channel
+    from veneer.formats.trace import Trace
 
 LOG = "log"
 
@@ -38,11 +40,21 @@ LOG = "log"
     metavar="SECONDS",
     help="How long a read waits for missing content that does not get on before it fails.",
 )
+@click.option("--trace", metavar="FILE", help="Write what was read, in order, when the environment ends.")
+@click.option("--prefetch", "ahead", metavar="FILE", help="Load what this trace tells.")
 @nix_flags
 @quiet_option("Say nothing when all is well.")
 @json_option("Errors as JSON.")
 @click.pass_obj
-def up(output: Output, flags: Flags, name: str, patience: float, nix: NixFlags) -> int:
+def up(
+    output: Output,
+    flags: Flags,
+    name: str,
+    patience: float,
+    trace: str | None,
+    ahead: str | None,
+    nix: NixFlags,
+) -> int:
     """Start an environment that stays until `veneer down`.
 
     Returns when it can be entered. Later `veneer enter NAME` and `veneer run --name NAME` run commands in it, as many at a
@@ -54,8 +66,11 @@ def up(output: Output, flags: Flags, name: str, patience: float, nix: NixFlags) 
     """
     from veneer import environment
     from veneer.cli.config import load_settings
+    from veneer.cli.run import read_trace
     from veneer.environment.channel import Channel, failure
 
+    brought = None if ahead is None else read_trace(ahead)
+    trace = None if trace is None else str(Path(trace).absolute())
     settings = with_host_store(load_settings(flags), nix)
     living = environment.attach(settings.environments_dir, name)
     if living is not None:
@@ -66,7 +81,7 @@ def up(output: Output, flags: Flags, name: str, patience: float, nix: NixFlags) 
     pid = os.fork()
     if pid == 0:
         channel.close()
-        _leave_session(settings, name, patience, nix, theirs, output)
+        _leave_session(_Held(settings, name, patience, nix, trace, brought), theirs, output)
     theirs.close()
     os.waitpid(pid, 0)
     while (message := channel.receive()) is not None:
@@ -95,14 +110,24 @@ def _is_up_already(output: Output, settings: Settings, living: Living) -> int:
     return 0
 
 
-def _leave_session(
-    settings: Settings, name: str, patience: float, nix: NixFlags, channel: Channel, output: Output
-) -> NoReturn:
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What is to be held. ``trace``: where to write one; ``brought``: the one to prefetch."""
+
+    settings: Settings
+    name: str
+    patience: float
+    nix: NixFlags
+    trace: str | None
+    brought: Trace | None
+
+
+def _leave_session(held: _Held, channel: Channel, output: Output) -> NoReturn:
     """The fork: its own child, in a new session, holds the environment."""
     try:
         os.setsid()
         if os.fork() == 0:
-            _hold(settings, name, patience, nix, channel, output)
+            _hold(held, channel, output)
     except VeneerError as error:
         channel.send_failure(error)
     except BaseException as error:  # noqa: BLE001 - the process ends here; its starter raises it
@@ -113,12 +138,12 @@ def _leave_session(
         os._exit(0)
 
 
-def _hold(
-    settings: Settings, name: str, patience: float, nix: NixFlags, channel: Channel, output: Output
-) -> None:
+def _hold(held: _Held, channel: Channel, output: Output) -> None:
     from veneer import environment
     from veneer.cli.private_daemon import WatchedDaemon, make_cache_dir
+    from veneer.cli.run import prefetching
 
+    settings, name, nix = held.settings, held.name, held.nix
     claimed = environment.claim(settings.environments_dir, name)
     if isinstance(claimed, environment.Living):
         raise UsageError(f"{name} was brought up by somebody else meanwhile", hint=f"veneer enter {name}")
@@ -140,21 +165,31 @@ def _hold(
     make_cache_dir(settings.cache_dir)
     session = os.urandom(8).hex()
     try:
-        with contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted)) as daemon:
+        with contextlib.ExitStack() as stack:
+            daemon = WatchedDaemon(settings, session, output, nix=nix.wanted)
+            stack.callback(daemon.close)
+            notes = None
+            if held.trace is not None:
+                from veneer.cli.recording import recorded
+
+                notes = stack.enter_context(
+                    recorded(held.trace, settings.cache_dir, lambda: daemon.client, output)
+                )
             environment.run(
                 environment.RunSpec(
                     command=(),
                     cache_root=settings.cache_dir,
                     view=settings.view(session),
                     environments_root=settings.environments_dir,
-                    miss_seconds=patience,
+                    miss_seconds=held.patience,
                     environ=os.environ,
                     cwd="/",
                     name=name,
+                    notes=notes,
                     nix=nix_spec(nix, daemon, settings.cache_dir, output),
                 ),
                 warn=tell,
-                companion=daemon,
+                companion=daemon if held.brought is None else prefetching(daemon, held.brought, ()),
                 layer=claimed,
                 ready=ready,
             )

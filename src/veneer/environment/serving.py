@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from veneer.environment import figures, syscalls
 from veneer.environment.plan import LOWER_ROOT
@@ -23,6 +23,9 @@ from veneer.formats.mountinfo import MountInfo, parse_mountinfo
 from veneer.model.errors import VeneerError, printable
 from veneer.mount import succession
 from veneer.mount.session import Session
+
+if TYPE_CHECKING:
+    from veneer.mount.recording import Recording
 
 Report = dict[str, Any]
 
@@ -55,18 +58,19 @@ class Duty:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What is served. ``view``, ``miss_seconds``: as in RunSpec. ``host_store``: the host's own store when it lies beneath ours, without links."""
+    """What is served. ``view``, ``miss_seconds``, ``notes``: as in RunSpec. ``host_store``: the host's own store when it lies beneath ours, without links."""
 
     view: dict[str, Any] | None
     miss_seconds: float
     host_store: str | None
+    notes: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Content:
-        return cls(fields["view"], fields["miss_seconds"], fields["host_store"])
+        return cls(fields["view"], fields["miss_seconds"], fields["host_store"], fields.get("notes"))
 
 
 Serve = Callable[[Duty], Report]
@@ -104,6 +108,7 @@ def mount_server(content: Content) -> LoadServer:
                 agreed=functools.partial(succession.tell, duty.session_fd),
                 since=duty.since,
                 host_store=None if content.host_store is None else _open_host_store(content.host_store),
+                recording=None if content.notes is None else _open_notes(content.notes),
             )
 
             def stop_on_request() -> None:
@@ -134,6 +139,16 @@ def mount_server(content: Content) -> LoadServer:
         return serve
 
     return load
+
+
+def _open_notes(path: str) -> Recording | None:
+    """None when whoever wants a trace has gone."""
+    from veneer.mount.recording import Recording
+
+    try:
+        return Recording(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+    except OSError:
+        return None
 
 
 def _open_host_store(path: str) -> int | None:

@@ -40,6 +40,7 @@ class RunSpec:
     appears. ``name``: of the writable layer that is kept; None for one that vanishes. ``environments_root``: the directory
     of writable layers. ``miss_seconds``: how long a read may wait for the daemon. ``map_root``: the command sees itself as
     root when a user namespace is needed. ``environ``, ``cwd``: the command's own. ``nix``: None to leave Nix alone.
+    ``notes``: a file to which the mount servers append what is touched (``formats.touches``); None: they do not note it.
     """
 
     command: tuple[str, ...]
@@ -53,6 +54,7 @@ class RunSpec:
     name: str | None = None
     map_root: bool = False
     nix: NixSpec | None = None
+    notes: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.command and self.name is None:

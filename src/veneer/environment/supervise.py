@@ -171,7 +171,9 @@ def _start(
             users_fd=users_fd,
             described=described,
         )
-        content = serving.Content(spec.view, spec.miss_seconds, facts.store)
+        content = serving.Content(
+            spec.view, spec.miss_seconds, facts.store, None if spec.notes is None else str(spec.notes)
+        )
         about = running.describe(
             "environment", cache_root=spec.cache_root, name=spec.name, command=" ".join(spec.command)
         )

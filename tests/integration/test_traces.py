@@ -1,0 +1,415 @@
+"""Traces: what a command read is written down, and loaded ahead elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.callers import Caller, eventually, read_line
+from tests.support.faulty_http import FaultyServer, Status
+from tests.support.signed_cache import MadePath, SignedCache, make_path
+from tests.support.storm import kill_server, server_of_run
+from veneer.formats.trace import Trace, decode
+from veneer.model.store_path import StorePath
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse]
+
+Serve = Callable[[Path], FaultyServer]
+LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+SIZE = 3_000_001
+NAMES = ("tool-1.0", "lib-1.0", "other-1.0", "named-1.0", "unused-1.0")
+
+
+@pytest.fixture
+def store(open_directory: Path) -> SignedCache:
+    return make_store(open_directory / f"store-{os.urandom(4).hex()}", [make_path(n, SIZE) for n in NAMES])
+
+
+def make_store(directory: Path, paths: list[MadePath]) -> SignedCache:
+    """The first path refers to all others."""
+    first, *others = (made.path.name for made in paths)
+    cache = SignedCache(directory, paths, compression="zstd", references={first: others})
+    directory.chmod(0o755)
+    return cache
+
+
+def top(cache: SignedCache, name: str) -> str:
+    return f"/nix/store/{cache.paths[name].path}"
+
+
+def record(caller: Caller, cache: SignedCache) -> Path:
+    """A trace of: the program of tool, 8 KiB of lib's data, all of other's, the name of named."""
+    file = caller.home / "made.trace"
+    with caller.environment_probe("--trace", str(file)) as probe:
+        assert probe.ask("read", path=top(cache, "tool-1.0") + "/a-program")["size"] == 9
+        assert (
+            probe.ask("read", path=top(cache, "lib-1.0") + "/data", offset=1_048_576, size=8192)["size"]
+            == 8192
+        )
+        assert probe.ask("read", path=top(cache, "other-1.0") + "/data")["size"] == SIZE
+        probe.ask("look", path=top(cache, "named-1.0"))
+        assert probe.finish() == 0, probe.errors
+    return file
+
+
+def forget(caller: Caller) -> None:
+    """As on another machine."""
+    caller.wait_for_daemons_end()
+    shutil.rmtree(caller.cache)
+
+
+def nars(server: FaultyServer) -> list[str]:
+    return [seen.path for seen in server.seen if seen.path.startswith("/nar/")]
+
+
+def fetch(caller: Caller, *words: str | Path, status: int = 0) -> dict[str, Any]:
+    done = caller.veneer("fetch", "--json", *words)
+    assert done.returncode == status, done.stderr
+    found = json.loads(done.stdout or done.stderr)
+    assert isinstance(found, dict)
+    return found
+
+
+def in_order(trace: Trace) -> list[str]:
+    return [traced.path.name for traced in trace]
+
+
+@contextlib.contextmanager
+def up(caller: Caller, *words: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """``veneer run WORDS`` of a command that has said "up"; killed after the block unless it has ended."""
+    process = caller.popen(caller.words("run", *words))
+    try:
+        assert process.stdout is not None
+        assert read_line(process.stdout) == "up\n"
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=60)
+
+
+# Recording.
+
+
+def test_a_trace_has_what_was_read_in_order(caller: Caller, store: SignedCache, faulty_http: Serve) -> None:
+    caller.use(faulty_http(store.directory).url, key=store.key)
+    trace = decode(record(caller, store).read_bytes())
+    assert in_order(trace) == ["tool-1.0", "lib-1.0", "other-1.0", "named-1.0"]
+    tool, lib, other, named = trace
+    assert [(file.name, file.ranges) for file in tool.files] == [(b"a-program", ((0, 9),))]
+    (data,) = lib.files
+    assert data.size == SIZE
+    assert any(start <= 1_048_576 and start + size >= 1_048_576 + 8192 for start, size in data.ranges)
+    assert data.bytes < SIZE / 2
+    assert [(file.name, file.is_whole) for file in other.files] == [(b"data", True)]
+    assert named.files == ()
+    assert tool.nar_hash == store.infos["tool-1.0"].nar_hash
+    assert [entry.name for entry in caller.home.iterdir() if "made.trace" in entry.name] == ["made.trace"]
+
+
+def test_reads_from_a_full_cache_are_recorded_as_well(
+    as_root: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    as_root.use(faulty_http(store.directory).url, key=store.key)
+    first = record(as_root, store).read_bytes()
+    assert record(as_root, store).read_bytes() == first
+
+
+def test_show_tells_people_and_programs(as_root: Caller, store: SignedCache, faulty_http: Serve) -> None:
+    as_root.use(faulty_http(store.directory).url, key=store.key)
+    file = record(as_root, store)
+    words = [as_root.python, "-m", "veneer.cli.main", "trace", "show", str(file)]
+    shown = as_root.popen(words).communicate(timeout=60)[0]
+    lines = shown.splitlines()
+    assert [line.split()[0].partition("-")[2] for line in lines[1:-1]] == [
+        "tool-1.0",
+        "lib-1.0",
+        "other-1.0",
+        "named-1.0",
+    ]
+    assert lines[-1].startswith("4 store paths, 3 files, ")
+    document = json.loads(as_root.popen([*words, "--json"]).communicate(timeout=60)[0])
+    assert (document["files"], len(document["paths"])) == (3, 4)
+    assert document["bytes"] == sum(path["bytes"] for path in document["paths"])
+
+
+@pytest.mark.parametrize("script", ["exit 3", "kill -TERM $$"], ids=["fails", "killed"])
+def test_the_trace_of_a_command_that_fails_is_written(
+    script: str, caller: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    caller.use(faulty_http(store.directory).url, key=store.key)
+    file = caller.home / "t"
+    done = caller.veneer(
+        "run", "--trace", file, "--", "sh", "-c", f"cat {top(store, 'lib-1.0')}/a-program; {script}"
+    )
+    assert done.returncode in (3, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert in_order(decode(file.read_bytes())) == ["lib-1.0"]
+
+
+def test_the_trace_of_an_interrupted_command_is_written(
+    caller: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    caller.use(faulty_http(store.directory).url, key=store.key)
+    file = caller.home / "t"
+    script = f"cat {top(store, 'lib-1.0')}/a-program > /dev/null; echo up; read line"
+    with up(caller, "--trace", file, "--", "sh", "-c", script) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert in_order(decode(file.read_bytes())) == ["lib-1.0"]
+
+
+@pytest.mark.skipif(LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
+def test_a_killed_mount_server_loses_nothing_of_a_trace(
+    caller: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    caller.use(faulty_http(store.directory).url, key=store.key)
+    file = caller.home / "t"
+    with caller.environment_probe("--trace", str(file)) as probe:
+        probe.ask("read", path=top(store, "tool-1.0") + "/a-program")
+        kill_server(lambda: server_of_run(probe.process.pid))
+        probe.ask("read", path=top(store, "tool-1.0") + "/data", size=4096)
+        probe.ask("read", path=top(store, "lib-1.0") + "/a-program")
+        assert probe.finish() == 0, probe.errors
+    tool, lib = decode(file.read_bytes())
+    assert [found.name for found in tool.files] == [b"a-program", b"data"]
+    assert [found.name for found in lib.files] == [b"a-program"]
+
+
+@pytest.mark.skipif(LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
+def test_a_trace_goes_on_when_another_version_takes_over(caller: Caller, store: SignedCache) -> None:
+    caller.use(f"file://{store.directory}", key=store.key)
+    file = caller.home / "t"
+    with caller.environment_probe("--trace", str(file)) as probe:
+        probe.ask("read", path=top(store, "tool-1.0") + "/a-program")
+        server = server_of_run(probe.process.pid)
+        done = caller.veneer("upgrade", "--all", sources=False)
+        assert done.returncode == 0, done.stderr
+        assert server_of_run(probe.process.pid) != server
+        probe.ask("read", path=top(store, "lib-1.0") + "/a-program")
+        assert probe.finish() == 0, probe.errors
+    assert in_order(decode(file.read_bytes())) == ["tool-1.0", "lib-1.0"]
+
+
+@pytest.mark.parametrize("place", ["nowhere/t", "."])
+def test_a_trace_that_cannot_be_written_is_told_before_the_command_runs(
+    place: str, as_root: Caller, store: SignedCache
+) -> None:
+    as_root.use(f"file://{store.directory}", key=store.key)
+    done = as_root.veneer("run", "--trace", as_root.home / place, "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (125, "")
+
+
+def test_the_owner_of_an_environment_has_the_trace_of_all(as_root: Caller, store: SignedCache) -> None:
+    as_root.use(f"file://{store.directory}", key=store.key)
+    own, others = as_root.home / "own", as_root.home / "others"
+    program = top(store, "lib-1.0") + "/a-program"
+    with up(as_root, "--name", "dev", "--trace", own, "--", "sh", "-c", "echo up; read line") as process:
+        done = as_root.veneer("run", "--name", "dev", "--trace", others, "--", "cat", program)
+        assert done.stdout == "#!/bin/sh", done.stderr
+        assert "no trace" in done.stderr
+        process.communicate("\n", timeout=60)
+    assert in_order(decode(own.read_bytes())) == ["lib-1.0"]
+    assert not others.exists()
+    assert as_root.veneer("down", "dev", sources=False).returncode == 0
+
+
+def test_an_environment_that_stays_has_its_trace_when_it_ends(caller: Caller, store: SignedCache) -> None:
+    caller.use(f"file://{store.directory}", key=store.key)
+    assert caller.veneer("up", "dev", "--trace", "dev.trace").returncode == 0
+    program = top(store, "lib-1.0") + "/a-program"
+    assert caller.veneer("enter", "dev", "--", "cat", program, sources=False).stdout == "#!/bin/sh"
+    done = caller.veneer("down", "dev", sources=False)
+    assert done.returncode == 0, done.stderr
+    file = caller.home / "dev.trace"
+    eventually(file.exists)
+    assert in_order(decode(file.read_bytes())) == ["lib-1.0"]
+
+
+# Loading ahead.
+
+
+def test_fetch_loads_what_was_touched_and_no_more(
+    caller: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    server = faulty_http(store.directory)
+    caller.use(server.url, key=store.key)
+    file = record(caller, store)
+    forget(caller)
+    server.seen.clear()
+    found = fetch(caller, "--trace", file)
+    assert (found["paths"], found["done"], found["failed"], found["unmatched"]) == (4, 4, 0, 0)
+    assert sorted(set(nars(server))) == sorted(
+        store.file(n, "nar") for n in ("tool-1.0", "lib-1.0", "other-1.0")
+    )
+    server.seen.clear()
+    with caller.environment_probe() as probe:
+        assert probe.ask("read", path=top(store, "other-1.0") + "/data")["size"] == SIZE
+        assert (
+            probe.ask("read", path=top(store, "lib-1.0") + "/data", offset=1_048_576, size=8192)["size"]
+            == 8192
+        )
+        assert probe.finish() == 0, probe.errors
+    assert nars(server) == []
+
+
+def test_prefetch_goes_on_beside_the_command(caller: Caller, store: SignedCache, faulty_http: Serve) -> None:
+    server = faulty_http(store.directory)
+    caller.use(server.url, key=store.key)
+    file, report = record(caller, store), caller.home / "report"
+    forget(caller)
+    server.seen.clear()
+    with caller.environment_probe("--prefetch", str(file), "--report", str(report)) as probe:
+        eventually(lambda: len(set(nars(server))) == 3)  # the command has read nothing
+        assert probe.ask("read", path=top(store, "other-1.0") + "/data")["size"] == SIZE
+        assert probe.finish() == 0, probe.errors
+    assert store.file("unused-1.0", "nar") not in nars(server)
+    assert json.loads(report.read_text())["prefetched"]["paths"] == 4
+
+
+@pytest.mark.parametrize("verify", ["strict", "deferred"])
+def test_of_a_published_cache_only_the_touched_parts_are_fetched(
+    verify: str, as_root: Caller, store: SignedCache, faulty_http: Serve, open_directory: Path
+) -> None:
+    published = open_directory / f"published-{os.urandom(4).hex()}"
+    key_file = as_root.home / "key"
+    key_file.write_text(store.secret.text())
+    mirror = ["--from", f"file://{store.directory}", "--to", str(published), "--key-file", str(key_file)]
+    keys = ["--trusted-public-key", store.key]
+    done = as_root.veneer("mirror", *mirror, *keys, top(store, "tool-1.0"), sources=False)
+    assert done.returncode == 0, done.stderr
+    server = faulty_http(published)
+    as_root.use(server.url, key=store.key)
+    file = record(as_root, store)
+    forget(as_root)
+    server.seen.clear()
+    found = fetch(as_root, "--trace", file, "--verify", verify)
+    assert (found["done"], found["failed"]) == (4, 0)
+    assert found["wire_bytes"] < SIZE * 1.5
+    seen = len(nars(server))
+    with as_root.environment_probe("--verify", verify) as probe:
+        assert probe.ask("read", path=top(store, "tool-1.0") + "/a-program")["size"] == 9
+        assert (
+            probe.ask("read", path=top(store, "lib-1.0") + "/data", offset=1_048_576, size=8192)["size"]
+            == 8192
+        )
+        assert probe.ask("read", path=top(store, "other-1.0") + "/data")["size"] == SIZE
+        assert probe.finish() == 0, probe.errors
+    assert len(nars(server)) == seen
+
+
+def test_a_trace_of_one_user_serves_another(
+    as_root: Caller, unprivileged: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    server = faulty_http(store.directory)
+    for caller in (as_root, unprivileged):
+        caller.use(server.url, key=store.key)
+    copy = unprivileged.home / "copy"
+    copy.write_bytes(record(as_root, store).read_bytes())
+    copy.chmod(0o644)
+    server.seen.clear()
+    assert fetch(unprivileged, "--trace", copy)["done"] == 4
+    assert len(set(nars(server))) == 3
+
+
+def test_changed_paths_are_found_in_the_closure_of_what_is_run(
+    as_root: Caller, store: SignedCache, faulty_http: Serve, open_directory: Path
+) -> None:
+    as_root.use(faulty_http(store.directory).url, key=store.key)
+    file = record(as_root, store)
+    tool = make_path("tool-1.0", 100_000)
+    paths = [
+        replace(tool, path=StorePath("1" * 32, "tool-1.0")),
+        make_path("lib-1.1", SIZE // 2),
+        make_path("other-1.0", SIZE),
+        make_path("news-1.0", SIZE),
+    ]
+    new = make_store(open_directory / f"new-{os.urandom(4).hex()}", paths)
+    server = faulty_http(new.directory)
+    forget(as_root)
+    as_root.use(server.url, key=new.key)
+    found = fetch(as_root, "--trace", file, top(new, "tool-1.0"))
+    assert {name: found[name] for name in ("done", "changed", "unmatched", "failed")} == {
+        "done": 3, "changed": 2, "unmatched": 1, "failed": 0,
+    }  # fmt: skip
+    assert sorted(set(nars(server))) == sorted(
+        new.file(n, "nar") for n in ("tool-1.0", "lib-1.1", "other-1.0")
+    )
+    forget(as_root)
+    server.seen.clear()
+    words = [top(new, "tool-1.0") + "/a-program"]
+    done = as_root.veneer("run", "--prefetch", file, "--report", as_root.home / "r", "--", *words)
+    assert done.returncode == 0, done.stderr
+    assert "prefetched" in json.loads((as_root.home / "r").read_text())
+
+
+def test_without_a_root_changed_paths_are_left_out(
+    as_root: Caller, store: SignedCache, faulty_http: Serve, open_directory: Path
+) -> None:
+    as_root.use(faulty_http(store.directory).url, key=store.key)
+    file = record(as_root, store)
+    new = make_store(
+        open_directory / f"new-{os.urandom(4).hex()}", [make_path("tool-2.0"), make_path("lib-1.0")]
+    )
+    forget(as_root)
+    as_root.use(faulty_http(new.directory).url, key=new.key)
+    found = fetch(as_root, "--trace", file)
+    assert (found["done"], found["changed"], found["unmatched"]) == (1, 0, 3)
+
+
+def test_failures_of_a_prefetch_are_stories_and_not_the_commands(
+    as_root: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    server = faulty_http(store.directory)
+    as_root.use(server.url, key=store.key)
+    file = record(as_root, store)
+    forget(as_root)
+    server.fail(store.file("lib-1.0", "nar"), Status(404))
+    with as_root.environment_probe("--prefetch", str(file)) as probe:
+        eventually(lambda: "prefetch" in as_root.stories())
+        assert probe.ask("read", path=top(store, "tool-1.0") + "/a-program")["size"] == 9
+        assert probe.finish() == 0, probe.errors
+    as_root.wait_for_daemons_end()
+    assert store.file("lib-1.0", "nar") in str(fetch(as_root, "--trace", file, status=5))
+
+
+def test_a_prefetch_takes_no_more_than_the_cache_holds(
+    as_root: Caller, store: SignedCache, faulty_http: Serve
+) -> None:
+    server = faulty_http(store.directory)
+    as_root.use(server.url, key=store.key)
+    file = record(as_root, store)
+    forget(as_root)
+    server.seen.clear()
+    found = fetch(as_root, "--trace", file, "--max-size", str(SIZE + 100_000))
+    assert found["skipped"] >= 1
+    assert found["done"] + found["skipped"] == 4
+
+
+@pytest.mark.parametrize(
+    "content", [b"no trace", b'{"veneer-trace":2}\n', None], ids=["other", "newer", "none"]
+)
+def test_what_is_no_trace_is_refused(content: bytes | None, as_root: Caller, store: SignedCache) -> None:
+    as_root.use(f"file://{store.directory}", key=store.key)
+    file = as_root.home / "t"
+    if content is not None:
+        file.write_bytes(content)
+    done = as_root.veneer("run", "--prefetch", file, "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert str(file) in done.stderr
+    assert as_root.veneer("fetch", "--trace", file).returncode in (1, 2)
+
+
+def test_fetch_without_paths_or_a_trace_is_wrong_usage(as_root: Caller) -> None:
+    assert as_root.veneer("fetch").returncode == 2
+    assert as_root.veneer("fetch", "--closure", "--trace", "x").returncode == 2
