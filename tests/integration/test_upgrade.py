@@ -50,6 +50,12 @@ BREAKAGES = {
     "format": ("mount/succession.py", '"session": 1,', '"session": 2,'),
 }  # fmt: skip
 
+KEEPER = (
+    "environment/keeper.py",
+    "    fds = handover.fds\n",
+    "    raise RuntimeError('it was broken on purpose')\n",
+)
+
 MakeVersion = Callable[..., Path]
 
 
@@ -72,7 +78,7 @@ def make_version(open_directory: Path) -> MakeVersion:
             package / "__init__.py", f'__version__ = "{veneer.__version__}"', f'__version__ = "{version}"'
         )
         if broken:
-            name, old, new = BREAKAGES[broken]
+            name, old, new = {**BREAKAGES, "keeper": KEEPER}[broken]
             _replace(package / name, old, new)
         compileall.compile_dir(package, quiet=1)  # who may not write there would compile it each time
         return place
@@ -224,6 +230,46 @@ def test_a_version_that_cannot_serve_leaves_the_old_one_running(
         assert [row["state"] for row in upgrade(old)["running"]] == ["current"]
         found = result()
     check(found)
+
+
+def test_a_keeper_that_cannot_begin_becomes_the_one_before(
+    caller: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(caller, readable)
+    old, new = (
+        of_version(caller, make_version(version, broken))
+        for version, broken in (("1.0", ""), ("1.keeper", "keeper"))
+    )
+    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
+    process = old.popen(old.words("run", "--", *readers))
+    with reading(process) as result:
+        keeper = keeper_of(process.pid)
+        (row,) = upgrade(new, status=1)["running"]
+        assert "the new keeper cannot begin; the one before goes on" in row["why"]
+        assert [(row["state"], row["pid"], row["before"]) for row in upgrade(old)["running"]] == [
+            ("current", keeper, "1.0")
+        ]
+        kill_server(lambda: server_of_run(process.pid))
+        found = result()
+    check(found)
+    assert found["said"].count("another took over") == 1
+
+
+def test_a_daemon_that_somebody_else_looks_after_is_left_to_him(
+    as_root: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(as_root, readable)
+    old = of_version(as_root, make_version("1.0"))
+    daemon = old.popen(old.words("daemon"), stdin=subprocess.DEVNULL)
+    try:
+        assert daemon.stderr is not None
+        assert "serving" in read_line(daemon.stderr)
+        found = upgrade(of_version(as_root, make_version("1.1")))
+        assert [(row["state"], row["version"]) for row in found["daemons"]] == [("left", "1.0")]
+        assert daemon.poll() is None
+    finally:
+        daemon.terminate()
+        daemon.communicate(timeout=20)
 
 
 def test_a_mount_keeps_its_server_when_the_new_one_cannot_serve(
