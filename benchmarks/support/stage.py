@@ -116,14 +116,24 @@ class Stage:
         remove(home)
         return seconds
 
-    def veneer(self, command: str, *words: str, url: str, environment: dict[str, str] | None = None) -> float:
-        """Seconds that ``veneer COMMAND`` takes with an empty cache directory. ``words``: options of its own and arguments."""
+    def veneer(
+        self,
+        command: str,
+        *words: str,
+        url: str,
+        environment: dict[str, str] | None = None,
+        key: str | None = None,
+    ) -> float:
+        """Seconds that ``veneer COMMAND`` takes with an empty cache directory. ``words``: options of its own and arguments.
+
+        ``key``: whose signatures count, instead of the corpus's.
+        """
         cache_dir = self._fresh("cache")
         options = [
             "--cache",
             url,
             "--trusted-public-key",
-            self.corpus.public_key,
+            key or self.corpus.public_key,
             "--cache-dir",
             str(cache_dir),
         ]

@@ -16,7 +16,7 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | CONTENT | u64 path number, u64 offset, u64 size: bytes of the NAR | READY or FAILED |
 | | LOOKUP, TREE and CONTENT may have any number of PROGRESS before their reply: content is arriving | |
 | CANCEL | u64 id of a request no longer wanted | none; the request may still be answered |
-| TOUCHED | n x (u64 path number, u64 bytes read since the last report), n at most TOUCHED_ROWS | none |
+| TOUCHED | n x (u64 path number, u64 bytes read since the last report, u8 its root directory was listed), n at most TOUCHED_ROWS | none |
 | CONTROL | JSON: {"do": verb, ...} | any number of PROGRESS, then RESULT or FAILED |
 
 | reply or notice | body |
@@ -56,6 +56,7 @@ _U64 = struct.Struct("<Q")
 _READY = struct.Struct("<QQQBQ")
 _CONTENT = struct.Struct("<QQQ")
 _FOUND = struct.Struct("<QQ")
+_TOUCHED = struct.Struct("<QQB")
 _U32 = struct.Struct("<I")
 _FAILED = struct.Struct("<HH")
 
@@ -117,7 +118,7 @@ def parse_header(header: bytes) -> tuple[int, Kind, int]:
     size = _FIXED.get(kind)
     if size is not None and length != size:
         raise FormatError(f"{kind.name} of {length} bytes, not {size}", where="request protocol")
-    if kind is Kind.TOUCHED and length > TOUCHED_ROWS * _FOUND.size:
+    if kind is Kind.TOUCHED and length > TOUCHED_ROWS * _TOUCHED.size:
         raise LimitError(f"TOUCHED of {length} bytes announced", where="request protocol")
     return length, kind, request
 
@@ -206,19 +207,19 @@ def ready(body: bytes) -> tuple[int, int, int, bool, int]:
     return number, start, end, bool(whole), inode
 
 
-def touched_bodies(rows: list[tuple[int, int]]) -> list[bytes]:
+def touched_bodies(rows: list[tuple[int, int, bool]]) -> list[bytes]:
     """Bodies of as many TOUCHED as the rows need."""
     return [
-        b"".join(_FOUND.pack(number, size) for number, size in rows[at : at + TOUCHED_ROWS])
+        b"".join(_TOUCHED.pack(*row) for row in rows[at : at + TOUCHED_ROWS])
         for at in range(0, len(rows), TOUCHED_ROWS)
     ]
 
 
-def touched(body: bytes) -> list[tuple[int, int]]:
-    """[(path number, bytes)] of TOUCHED."""
-    if len(body) % _FOUND.size:
+def touched(body: bytes) -> list[tuple[int, int, bool]]:
+    """[(path number, bytes, listed)] of TOUCHED."""
+    if len(body) % _TOUCHED.size:
         raise FormatError("TOUCHED with a cut row", where="request protocol")
-    return [(int(a), int(b)) for a, b in _FOUND.iter_unpack(body)]
+    return [(int(a), int(b), bool(c)) for a, b, c in _TOUCHED.iter_unpack(body)]
 
 
 def quarantined_body(number: int, basename: str) -> bytes:

@@ -110,6 +110,7 @@ class Worker:
         self._open_nars = shared.contents.open
         self._buffer = memoryview(bytearray(wire.OUT_SIZE + READ_BUFFER))
         self._reads = shared.tally.of_thread()
+        self._listed = shared.tally.listed
         self._again: Parked | None = None
         """The request being handled, when it was parked before."""
         unknown = self._refuse(errno.ENOSYS)
@@ -270,7 +271,10 @@ class Worker:
         index = self._index(number)
         if index is None:
             return self._park_tree(unique, number, request, length)
-        run = index.run(node & 0xFFFFFF, cookie, size)
+        entry = node & 0xFFFFFF
+        if entry == 0:
+            self._listed.add(number)
+        run = index.run(entry, cookie, size)
         return _out_header(16 + len(run), 0, unique), run
 
     def _readdir(self, unique: int, node: int, request: bytearray, length: int) -> Reply:
@@ -282,6 +286,8 @@ class Worker:
         index = self._index(number)
         if index is None:
             return self._park_tree(unique, number, request, length)
+        if node & 0xFFFFFF == 0:
+            self._listed.add(number)
         # A record without its 128 bytes of attributes is a dirent. Names are short: 4 x size holds more than fits.
         run = index.run(node & 0xFFFFFF, cookie, max(4 * size, 1024))
         out = bytearray()

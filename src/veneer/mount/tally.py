@@ -32,6 +32,8 @@ class Tally:
         self._names: dict[int, tuple[str, float]] = {}
         self._waits: dict[int, list[float]] = {}
         self._told: dict[int, int] = {}
+        self.listed: set[int] = set()
+        """Path numbers of which the root directory was listed: programs know where their files are, scans look."""
 
     def of_thread(self) -> dict[int, list[int]]:
         mine: dict[int, list[int]] = {}
@@ -65,14 +67,14 @@ class Tally:
                 sums[number] = (before[0] + reads, before[1] + size)
         return sums
 
-    def news(self) -> list[tuple[int, int]]:
-        """[(path number, bytes read since the last call)] of the paths with any. For one thread."""
+    def news(self) -> list[tuple[int, int, bool]]:
+        """[(path number, bytes read since the last call, listed)] of the paths with any. For one thread."""
         rows = []
         for number, (_, size) in self._reads().items():
             before = self._told.get(number, 0)
             if size > before:
                 self._told[number] = size
-                rows.append((number, size - before))
+                rows.append((number, size - before, number in self.listed))
         return rows
 
     def report(self) -> dict[int, PathReport]:

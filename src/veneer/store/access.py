@@ -2,12 +2,14 @@
 
 Reading one path after the other leaves link and processors idle in turns, so what will be read is better fetched in
 parallel. Two things tell: a session *asked* for half of all the bytes that it can know of; or it *scans*, as tar, cp and
-grep -r do: it read the paths that it asked for from end to end, which programs that use a store never do. Below
+grep -r do: it listed paths from their roots and read them from end to end, which programs that use a store never do. Below
 that, nothing is fetched that nobody read.
 
-Within one NAR that can be had in parts it is the same question: below ``SMALL`` it is fetched whole, a reader that goes on where
-it was before gets a growing window ahead of it, and what is half here is completed. No part is fetched twice, so all that
-this can cost above reading everything is its requests. Pure: figures in, decision out.
+Within one NAR that can be had in parts it is the same question. Below ``SMALL`` it is fetched whole, and so is a file below
+``FILE``; a reader that goes on where it was before gets a growing window ahead of it; what is half here is completed; and the rest
+of a file or a NAR is fetched when its readers have waited for parts of it as long as that takes: whatever they do next, they
+wait at most twice as long as was needed. No part is fetched twice, so all that this can cost above reading everything is its
+requests. Pure: figures in, decision out.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ AHEAD = 6
 
 SMALL = 512 << 10
 """Bytes of a NAR's file that are fetched at once: a fast link moves as much in the time that another question takes."""
+FILE = 4 << 20
+"""Bytes of a file that are fetched when any of it is read: programs and libraries are read all over."""
 COMPLETE = 0.5
 """Of a NAR's bytes: when they are here, the rest is fetched. It costs at most as much again."""
 FIRST_WINDOW, LAST_WINDOW = 512 << 10, 8 << 20
@@ -82,3 +86,11 @@ class Sequences:
 def completes(held: int, nar_size: int) -> bool:
     """Whether to fetch the rest of a NAR of which ``held`` bytes are here."""
     return held >= COMPLETE * nar_size
+
+
+def rest_pays(waited: float, missing: float, rate: float) -> bool:
+    """Whether readers who have ``waited`` seconds for parts are better served with all of the ``missing`` encoded bytes.
+
+    ``rate``: bytes per second of the link.
+    """
+    return waited * rate >= missing

@@ -73,12 +73,15 @@ class Account:
         self.asked.setdefault(path, 0)
         self.asked_bytes += size
 
-    def read(self, path: StorePath, nar_size: int, size: int) -> None:
-        """Note that ``size`` bytes more of ``path`` were read; what is read twice counts twice."""
+    def read(self, path: StorePath, nar_size: int, size: int, *, listed: bool) -> None:
+        """Note that ``size`` bytes more of ``path`` were read; what is read twice counts twice.
+
+        ``listed``: its root directory was listed, as scans do, and programs that know their files do not.
+        """
         self.ask(path, nar_size)
         before = self.asked[path]
         self.asked[path] = before + size
-        if before < access.SCANNED * nar_size <= before + size:
+        if listed and before < access.SCANNED * nar_size <= before + size:
             self.scanned_paths += 1
             self.scanned_bytes += nar_size
 
@@ -117,12 +120,12 @@ class Account:
             "requests": self.requests,
             "closure_paths": len(self.closure),
             "closure_bytes": self.closure_bytes,
+            **({} if self.prefetched is None else {"prefetched": self.prefetched.report()}),
             "paths": {
                 str(path): {"fetched_wire": c.wire, "fetched_nar": c.nar, "requests": c.requests}
                 for path, c in self.paths.items()
             },
         }
-            **({} if self.prefetched is None else {"prefetched": self.prefetched.report()}),
 
 
 @dataclass(frozen=True, slots=True)

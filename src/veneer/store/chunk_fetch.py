@@ -31,6 +31,12 @@ GAP = 64 << 10
 """Bytes between two wanted parts that are fetched with them rather than asked for twice."""
 BACKGROUND = 4
 """Requests at a time that nobody waits for."""
+ASSUMED_RATE = 25e6
+"""Bytes per second before anything was measured: 200 Mbit/s."""
+MEASURED = 256 << 10
+"""Bytes of a request that tell something of the link's rate."""
+RATE_SHARE = 0.3
+"""Weight of the newest one."""
 PATIENCE = 0.05
 """Seconds for which each of those lets readers go first: a link that is never idle must not stop it for ever."""
 
@@ -59,6 +65,12 @@ class Part:
     fetching: dict[int, _Request] = field(default_factory=dict)
     """Ordinal -> the request that brings it."""
     sequences: access.Sequences = field(default_factory=access.Sequences)
+    files: list[tuple[int, int]] = field(default_factory=list)
+    """(start, end) in the NAR of its larger files, ascending."""
+    waited: float = 0.0
+    """Seconds that readers waited for parts."""
+    file_waited: dict[int, float] = field(default_factory=dict)
+    """The same of single files, by where they start."""
     rest: asyncio.Task[int] | None = None
     rest_owner: str = ""
     working: int = 0
@@ -112,6 +124,9 @@ class ChunkFetcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self.moved = 0
         """Bytes that arrived since the start."""
+        self.rate = ASSUMED_RATE
+        """Bytes per second that the link gives, as far as it is known."""
+        self._in_flight = 0
 
     async def close(self) -> None:
         """Cancel every request and wait for the threads."""
@@ -130,14 +145,13 @@ class ChunkFetcher:
             return
         part.working += 1
         try:
-            missing = await self._without_copies(part, missing, account)
-            self._ask(view, part, missing, account, demanded=demanded)
+            self.ask(view, part, missing, account, demanded=demanded)
             waits = {part.fetching[at].task for at in missing if at in part.fetching}
             await asyncio.gather(*(asyncio.shield(task) for task in waits if task is not None))
         finally:
             part.leave()
 
-    def _ask(
+    def ask(
         self, view: View, part: Part, missing: Sequence[int], account: Account, *, demanded: bool
     ) -> None:
         """Begin requests for what nobody asks for yet (P2)."""
@@ -201,9 +215,11 @@ class ChunkFetcher:
                 self._demands += 1
                 self._quiet.clear()
                 try:
+                    left = await self._without_copies(part, ordinals)
                     async with self._wanted:
                         request.begun = True
-                        await self._fetch(source, part, ordinals, account)
+                        for group in _runs(left):
+                            await self._fetch(source, part, group, account)
                 finally:
                     self._demands -= 1
                     if not self._demands:
@@ -213,7 +229,7 @@ class ChunkFetcher:
                 await self._let_readers_go_first()
                 request.begun = True
                 mine = [at for at in ordinals if part.fetching.get(at) is request]
-                for group in _runs(mine):
+                for group in _runs(await self._without_copies(part, mine)):
                     await self._fetch(source, part, group, account)
         finally:
             for at in ordinals:
@@ -233,7 +249,15 @@ class ChunkFetcher:
         start = first.compressed_offset
         size = last.compressed_offset + last.compressed_size - start
         path = part.row.store_path
-        data = await source.part(part.info.info, start, size, account.meter(path))
+        self._in_flight += 1
+        began = asyncio.get_running_loop().time()
+        try:
+            data = await source.part(part.info.info, start, size, account.meter(path))
+            if size >= MEASURED:
+                seconds = asyncio.get_running_loop().time() - began
+                self.rate += RATE_SHARE * (self._in_flight * size / max(seconds, 1e-6) - self.rate)
+        finally:
+            self._in_flight -= 1
         self.moved += len(data)
         held = part.nar.held
         loop = asyncio.get_running_loop()
@@ -273,16 +297,16 @@ class ChunkFetcher:
         near = nar.covering(end, min(end + window // 2, nar.nar_size)) if end < nar.nar_size else range(0)
         if all(nar.present[at] or at in part.fetching for at in near):
             return
-        self._ask(view, part, nar.covering(end, min(end + window, nar.nar_size)), account, demanded=True)
+        self.ask(view, part, nar.covering(end, min(end + window, nar.nar_size)), account, demanded=True)
 
-    async def _without_copies(self, part: Part, missing: list[int], account: Account) -> list[int]:
+    async def _without_copies(self, part: Part, missing: list[int]) -> list[int]:
         """``missing`` without what other NARs held, which is present now (P2)."""
         if not part.verified:
             return missing
         plan = []
         maps: dict[int, ChunkMap | None] = {}
         for at in missing:
-            if at not in part.fetching and (place := self._holder(part, at, maps)) is not None:
+            if (place := self._holder(part, at, maps)) is not None:
                 plan.append((at, *place))  # noqa: PERF401 - a comprehension would hide the two conditions
         if not plan:
             return missing

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -26,8 +27,9 @@ from veneer.cache.chunk_maps import ChunkMap, ChunkMaps
 from veneer.cache.index import NarState, PathRow
 from veneer.cache.nars import VerifiedNar
 from veneer.cache.sparse import SparseNar
-from veneer.formats.chunk_map import Chunk
+from veneer.formats.chunk_map import Chunk, place_chunks
 from veneer.formats.seekable_zstd import Frame
+from veneer.formats.tree_index import Kind, TreeIndex
 from veneer.model.errors import (
     CacheError,
     CacheFullError,
@@ -54,6 +56,10 @@ MAX_OPEN = 64
 REFUSED_SECONDS = 60.0
 """For which a NAR is not asked for in parts after something was wrong with them."""
 MAX_REFUSED = 4096
+MAX_ENTRIES = 20_000
+"""Of a tree, that are looked at for large files."""
+ONE_CHUNK = 128 << 10
+"""Bytes of a file that lies in one chunk or two: nothing more of it is asked for."""
 SHARED = 0.25
 """Of a NAR's bytes: when other NARs hold as much, it is put together from them instead of being streamed."""
 
@@ -142,11 +148,12 @@ class Parts:
             return None
         end = min(offset + size, row.nar_size)
         wanted = part.nar.covering(offset, end)
-        window = part.sequences.ahead(offset, end)
         account.ask_part(row.store_path, end - offset)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
-            if window:
-                self._fetch.read_ahead(view, part, end, window, account)
+            self._fetch.ask(view, part, wanted, account, demanded=True)
+            self._read_ahead(view, part, offset, end, account)
             await self._fetch.have(view, part, wanted, account, demanded=True)
         except VeneerError as error:
             self._give_up(part, error)
@@ -157,6 +164,7 @@ class Parts:
         found = part.nar.around(offset, end)
         if found is None:
             return None  # dropped meanwhile
+        self._waited(view, part, offset, loop.time() - began, account)
         self._complete_if_worth(view, part, account)
         return (*found, part.nar.inode)
 
@@ -212,6 +220,9 @@ class Parts:
             Chunk(f.compressed_offset, f.compressed_size, f.offset, f.size, digest)
             for f, digest in zip(frames, digests, strict=True)
         )
+        rows = [(c.compressed_size, c.size, c.digest) for c in chunks]
+        if chunks != place_chunks(rows, chunks[0].compressed_offset):
+            return  # with other things between its frames
         source = candidate.source.url
         self._maps.put(row.number, ChunkMap(source, info.url, info.compression, chunks, learnt=True))
 
@@ -258,8 +269,22 @@ class Parts:
                     return None
                 if found is None:
                     return None
-                return self._use(view, row, candidate, *found)
+                files = await asyncio.to_thread(self._files, row.number)
+                part = self._use(view, row, candidate, *found)
+                if part is not None:
+                    part.files = files
+                return part
         return None
+
+    def _files(self, number: int) -> list[tuple[int, int]]:
+        """(start, end) of the files that are larger than a chunk usually is, ascending; of the tree, where there is one."""
+        try:
+            tree = TreeIndex(self._cache.trees.path(number).read_bytes())
+            entries = map(tree.entry, range(min(tree.count, MAX_ENTRIES)))
+            spans = [(e.offset, e.offset + e.size) for e in entries if e.kind <= Kind.EXECUTABLE]
+        except (OSError, FormatError):
+            return []
+        return sorted(span for span in spans if span[1] - span[0] > ONE_CHUNK)
 
     def _use(
         self, view: View, row: PathRow, candidate: Candidate, chunk_map: ChunkMap, verified: bool
@@ -304,11 +329,37 @@ class Parts:
             if part.verified and not part.busy:
                 self.forget(number)
 
+    # -- more than was asked for
+
+    def _read_ahead(self, view: View, part: Part, start: int, end: int, account: Account) -> None:
+        """The rest of a file that is not large; or what a reader that goes on wants next."""
+        file = _file_at(part.files, start)
+        if file is not None and file[1] - file[0] <= access.FILE:
+            part.sequences.ahead(start, end)
+            self._fetch.ask(view, part, part.nar.covering(*file), account, demanded=True)
+        elif window := part.sequences.ahead(start, end):
+            self._fetch.read_ahead(view, part, end, window, account)
+
+    def _waited(self, view: View, part: Part, start: int, seconds: float, account: Account) -> None:
+        """A reader had to wait for a part of a large file: perhaps all of it pays."""
+        part.waited += seconds
+        file = _file_at(part.files, start)
+        if file is None or file[1] - file[0] <= access.FILE:
+            return
+        waited = part.file_waited[file[0]] = part.file_waited.get(file[0], 0.0) + seconds
+        chunks = part.nar.covering(*file)
+        missing = sum(part.nar.chunks[at].compressed_size for at in chunks if not part.nar.present[at])
+        if missing and access.rest_pays(waited, missing, self._fetch.rate):
+            self._fetch.ask(view, part, chunks, account, demanded=False)
+
     # -- all of it
 
     def _complete_if_worth(self, view: View, part: Part, account: Account) -> None:
         deferred = not part.verified and part.views[view.identity] not in view.trusted  # P4
-        if deferred or access.completes(part.nar.held, part.nar.nar_size):
+        nar = part.nar
+        missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
+        pays = access.rest_pays(part.waited, missing, self._fetch.rate)
+        if deferred or pays or access.completes(nar.held, nar.nar_size):
             self._completing(view, part, account)
 
     def _completing(self, view: View, part: Part, account: Account) -> asyncio.Task[int]:
@@ -391,3 +442,8 @@ class Parts:
     def _is_refused(self, row: PathRow, url: str) -> bool:
         until = self._refused.get((row.number, url))
         return until is not None and 0 < until - self._clock() <= REFUSED_SECONDS
+
+
+def _file_at(files: list[tuple[int, int]], offset: int) -> tuple[int, int] | None:
+    at = bisect_right(files, (offset, 1 << 63)) - 1
+    return files[at] if at >= 0 and offset < files[at][1] else None

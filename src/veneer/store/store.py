@@ -159,14 +159,14 @@ class Store:
             )
         return ready
 
-    def touched(self, view: View, rows: Iterable[tuple[int, int]], account: Account) -> None:
-        """A mount server's word: (path number, bytes read since its last word) of what it has read without asking."""
+    def touched(self, view: View, rows: Iterable[tuple[int, int, bool]], account: Account) -> None:
+        """A mount server's word on what it has read: (path number, bytes since its last word, root directory listed)."""
         now = self._clock()
-        for number, size in rows:
+        for number, size, listed in rows:
             row = self.cache.index.path(number)
             if row is not None:
                 self.cache.index.touch([(number, now)])
-                account.read(row.store_path, row.nar_size, size)
+                account.read(row.store_path, row.nar_size, size, listed=listed)
         self._evidence_changed(view, account)
 
     async def whole(self, view: View, path: StorePath, account: Account) -> PathRow:

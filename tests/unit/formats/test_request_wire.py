@@ -34,8 +34,8 @@ def test_bodies_come_back_as_they_went(a: int, b: int, c: int, whole: bool) -> N
     assert wire.ready(wire.ready_body(a, b, c, whole=whole, inode=a)) == (a, b, c, whole, a)
     assert wire.found(wire.found_body(a, b)) == (a, b)
     assert wire.path_number(wire.path_number_body(a)) == a
-    (body,) = wire.touched_bodies([(a, b), (c, a)])
-    assert wire.touched(body) == [(a, b), (c, a)]
+    (body,) = wire.touched_bodies([(a, b, whole), (c, a, True)])
+    assert wire.touched(body) == [(a, b, whole), (c, a, True)]
     assert wire.quarantined(wire.quarantined_body(a, "name")) == (a, "name")
 
 
@@ -46,7 +46,7 @@ def test_an_announced_body_over_the_limit_is_refused_before_it_is_read() -> None
 
 
 def test_many_touched_paths_are_told_in_several_messages_and_one_too_big_is_refused() -> None:
-    rows = [(number, 1) for number in range(2 * wire.TOUCHED_ROWS + 1)]
+    rows = [(number, 1, False) for number in range(2 * wire.TOUCHED_ROWS + 1)]
     bodies = wire.touched_bodies(rows)
     assert wire.touched_bodies([]) == []
     stream = b"".join(Frame(Kind.TOUCHED, 1, body).encode() for body in bodies)
@@ -54,7 +54,7 @@ def test_many_touched_paths_are_told_in_several_messages_and_one_too_big_is_refu
     assert [len(part) for part in got] == [wire.TOUCHED_ROWS, wire.TOUCHED_ROWS, 1]
     assert [row for part in got for row in part] == rows
     with pytest.raises(LimitError):
-        Splitter().feed(wire.HEADER.pack(len(bodies[0]) + 16, Kind.TOUCHED, 1))
+        Splitter().feed(wire.HEADER.pack(len(bodies[0]) + 17, Kind.TOUCHED, 1))
 
 
 def test_unknown_kinds_and_wrong_sizes_are_refused() -> None:
@@ -74,7 +74,7 @@ def test_any_bytes_are_accepted_or_refused_with_a_format_error(data: bytes) -> N
 
 
 @pytest.mark.parametrize(
-    ("read", "body"), [(wire.failed, b"abc"), (wire.quarantined, b"1234567"), (wire.touched, b"x" * 17)]
+    ("read", "body"), [(wire.failed, b"abc"), (wire.quarantined, b"1234567"), (wire.touched, b"x" * 18)]
 )
 def test_short_bodies_are_refused(read: object, body: bytes) -> None:
     assert callable(read)

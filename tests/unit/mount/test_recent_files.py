@@ -115,10 +115,11 @@ def test_reads_of_all_threads_are_summed_and_news_told_once() -> None:
     tally.touched(5, b"name")
     tally.waited(5, 0.5)
     tally.waited(5, 0.25)
-    assert sorted(tally.news()) == [(5, 150), (6, 1)]
+    tally.listed.add(6)
+    assert sorted(tally.news()) == [(5, 150, False), (6, 1, True)]
     assert tally.news() == []
     a[5][1] += 1
-    assert tally.news() == [(5, 1)]
+    assert tally.news() == [(5, 1, False)]
     row = tally.report()[5]
     assert (row["name"], row["reads"], row["bytes_read"], row["waits"], row["wait_seconds"]) == (
         "name",

@@ -22,7 +22,7 @@ from veneer.store.account import Account
 from veneer.store.fetch import Ready
 from veneer.store.views import View
 
-SIZE = 3_000_001
+SIZE = 6_000_001
 """Of the big file: more than is fetched at once, and no multiple of anything."""
 Body = Callable[[Bench], Awaitable[None]]
 
