@@ -126,6 +126,8 @@ class Client:
         try:
             while True:
                 frame = self._receive()
+                if frame.kind is Kind.FAILED and frame.id == 0:
+                    raise failure(frame.body)  # said of the whole connection
                 if frame.id != self._last:
                     continue  # a notice, or an answer that nobody waits for any more
                 if frame.kind is Kind.PROGRESS:

@@ -13,6 +13,7 @@ from veneer.model.errors import UsageError, VeneerError
 from veneer.store.store import Limits
 from veneer.store.views import ViewConfig
 
+from .privileges import renounce
 from .run import DaemonSettings, run_daemon
 from .worker import ANSWER_SECONDS
 
@@ -50,6 +51,7 @@ def main() -> int:
             os.write(args.ready_fd, b"1")
             os.close(args.ready_fd)
 
+    renounce()
     try:
         view = ViewConfig()
         if args.view is not None:

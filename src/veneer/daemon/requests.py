@@ -1,8 +1,9 @@
 """The request protocol's server side: one task per connection, one per open request.
 
-Who may do what: everybody who can connect may ask within the daemon's default view; only the daemon's own user and root
-may bring a view or send more CONTROL verbs than OPEN_VERBS (SO_PEERCRED decides). Bounds: OPEN_REQUESTS per connection (reading stops above it),
-UNSENT bytes towards a client that does not read (the connection is ended above it).
+Who may do what: everybody who can connect may ask within the daemon's default view; only the daemon's own user, root and the
+configured group may bring a view or send more CONTROL verbs than OPEN_VERBS (SO_PEERCRED decides). Bounds: OPEN_REQUESTS per
+connection (reading stops above it), UNSENT bytes towards a client that does not read (the connection is ended above it),
+HELLO_SECONDS and HELLO_BYTES for HELLO, BODY_SECONDS for the rest of a long request; ``daemon.admission`` has those of one user.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
-import struct
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,17 +18,25 @@ import msgspec
 
 from veneer.formats import request_wire as wire
 from veneer.formats.request_wire import Frame, Kind
-from veneer.model.errors import CacheError, DaemonError, FormatError, VeneerError
+from veneer.model.errors import CacheError, DaemonError, FormatError, LimitError, VeneerError
 from veneer.model.store_path import StorePath
 from veneer.store.resolve import AbsentError
 from veneer.store.store import Store
 from veneer.store.views import ViewConfig
 
+from .admission import Admission, Credentials, User, credentials
 from .sessions import Session, Sessions
 
 OPEN_REQUESTS = 4096
 UNSENT = 64 << 20
+UNSENT_LITTLE = 1 << 20
+"""Up to here nobody counts what the same user leaves unread elsewhere."""
 HELLO_SECONDS = 10.0
+HELLO_BYTES = 1 << 20
+BODY_SECONDS = 60.0
+LONG_BODY = 64 << 10
+SESSION_NAME = 200
+"""Characters of a session's name that count."""
 SIGN_SECONDS = 5.0
 """Between signs of life for a waiting request; far below any sensible ``--patience``."""
 RETIRED_TOLD = 1000
@@ -59,7 +66,9 @@ class RequestServer:
         default_view: ViewConfig,
         connections_changed: Callable[[int], None],
         sign_seconds: float = SIGN_SECONDS,
+        admission: Admission | None = None,
     ) -> None:
+        self._admission = admission or Admission()
         self._store = store
         self._sessions = sessions
         self._control = control
@@ -70,18 +79,31 @@ class RequestServer:
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from HELLO to its end."""
+        who = credentials(writer.get_extra_info("socket"))
+        try:
+            user = self._admission.enter(who.uid)
+        except DaemonError as refusal:
+            self._store.stories.add("request socket", refusal)
+            writer.write(_refusal(refusal).encode())
+            writer.close()
+            return
         task = asyncio.current_task()
         assert task is not None
         self._open.add(task)
         self._changed(len(self._open))
+        user.unread[writer] = writer.transport.get_write_buffer_size
         try:
-            await self._converse(reader, writer)
+            await self._converse(reader, writer, who, user)
         except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
             pass  # the client left, or never spoke: nothing to tell to anybody
         except VeneerError as error:
             self._store.stories.add("request socket", error)
+            if not writer.is_closing():
+                writer.write(_refusal(error).encode())
         finally:
             writer.close()
+            del user.unread[writer]
+            self._admission.leave(user)
             self._open.discard(task)
             self._changed(len(self._open))
 
@@ -90,17 +112,20 @@ class RequestServer:
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hello = await asyncio.wait_for(_frame(reader), HELLO_SECONDS)
+    async def _converse(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, who: Credentials, user: User
+    ) -> None:
+        hello = await asyncio.wait_for(_hello(reader), HELLO_SECONDS)
 
         def send(frame: Frame) -> None:
-            if writer.transport.get_write_buffer_size() > UNSENT:
+            unsent = writer.transport.get_write_buffer_size()
+            if unsent > UNSENT or (unsent > UNSENT_LITTLE and user.reads_too_little()):
                 writer.transport.abort()
             elif not writer.is_closing():
                 writer.write(frame.encode())
 
         try:
-            session = self._enter(hello, writer, send)
+            session = self._enter(hello, who, send)
         except VeneerError as error:
             send(Frame(Kind.FAILED, hello.id, wire.failed_body(error.errno, str(error), error.exit_code)))
             await writer.drain()
@@ -110,64 +135,84 @@ class RequestServer:
         for number, path in self._store.cache.index.retired(RETIRED_TOLD):  # while it was away, or we were
             send(Frame(Kind.QUARANTINED, 0, wire.quarantined_body(number, path.basename)))
         room = asyncio.Semaphore(OPEN_REQUESTS)
-        tasks: set[asyncio.Task[None]] = set()
+        tasks: dict[asyncio.Task[None], int] = {}
 
         def ended(task: asyncio.Task[None]) -> None:
-            tasks.discard(task)
+            user.let_go(tasks.pop(task))
             room.release()
+            if not user.own:
+                user.room.release()
 
         try:
             while True:
-                frame = await _frame(reader)
+                frame = await _frame(reader, user)
+                size = len(frame.body)
                 if frame.kind == Kind.TOUCHED:
-                    self._store.touched(session.view, wire.touched(frame.body), session.account)
+                    user.let_go(size)
+                    rows = wire.touched(frame.body)
+                    for row in rows:
+                        _known_number(row[0])
+                    self._store.touched(session.view, rows, session.account)
                     continue
                 if frame.kind == Kind.CANCEL:
+                    user.let_go(size)
                     continue  # the download stays for others; the answer is ignored by who cancelled
-                await room.acquire()
-                task = asyncio.create_task(self._answer(session, frame))
-                tasks.add(task)
+                try:
+                    await room.acquire()
+                    if not user.own:
+                        await user.room.acquire()
+                except BaseException:
+                    user.let_go(size)
+                    raise
+                task = asyncio.create_task(self._answer(session, user, frame))
+                tasks[task] = size
                 task.add_done_callback(ended)
                 await writer.drain()
         finally:
-            for task in tasks:
+            for task in list(tasks):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._sessions.leave(session)
 
-    def _enter(self, hello: Frame, writer: asyncio.StreamWriter, send: Callable[[Frame], None]) -> Session:
+    def _enter(self, hello: Frame, who: Credentials, send: Callable[[Frame], None]) -> Session:
         if hello.kind != Kind.HELLO:
             raise FormatError(f"{hello.kind.name} before HELLO", where="request protocol")
         try:
             data = json.loads(hello.body)
             version, brought = data["version"], data["view"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FormatError("HELLO is not what version 1 says", where="request protocol") from error
         if version != wire.VERSION:
             raise DaemonError(
                 f"the client speaks version {version} of the request protocol, this daemon {wire.VERSION}",
                 hint="use the same version of veneer for both, or stop the daemon",
             )
-        pid, uid = _peer(writer)
-        owner = uid in (0, os.geteuid())
+        owner = self._admission.may_control(who)
         if brought is None:
             config = self._default_view
         elif isinstance(brought, dict) and brought.keys() <= {"session"}:
-            config = msgspec.structs.replace(self._default_view, session=str(brought.get("session", "")))
+            config = msgspec.structs.replace(
+                self._default_view, session=str(brought.get("session", ""))[:SESSION_NAME]
+            )
         elif owner:
             config = ViewConfig.from_json(brought)
         else:
             raise DaemonError(
-                f"user {uid} may not choose sources for the daemon of user {os.geteuid()}",
+                f"user {who.uid} may not choose sources for the daemon of user {os.geteuid()}",
                 hint="leave out --cache and keys to use the daemon's own, or use a cache directory of your own",
             )
-        return self._sessions.enter(config, may_control=owner, peer=f"pid {pid}, user {uid}", send=send)
+        return self._sessions.enter(
+            config, may_control=owner, peer=f"pid {who.pid}, user {who.uid}", send=send
+        )
 
-    async def _answer(self, session: Session, frame: Frame) -> None:
+    async def _answer(self, session: Session, user: User, frame: Frame) -> None:
         """Answer one request; every failure becomes a FAILED with its story."""
         try:
-            if frame.kind == Kind.CONTROL:
+            if frame.kind == Kind.CONTROL and user.own:
                 reply = await self._reply(session, frame)
+            elif frame.kind == Kind.CONTROL:
+                async with user.controls:
+                    reply = await self._reply(session, frame)
             else:
                 reply = await self._with_signs(session, frame)
         except AbsentError as absent:
@@ -219,20 +264,24 @@ class RequestServer:
                     raise
                 return Frame(Kind.FOUND, frame.id, wire.found_body(row.number, row.nar_size))
             case Kind.CONTENT:
-                ready = await store.content(view, *wire.content(frame.body), account)
+                number, offset, size = wire.content(frame.body)
+                ready = await store.content(view, _known_number(number), offset, size, account)
                 body = wire.ready_body(
                     ready.number, ready.start, ready.end, whole=ready.whole, inode=ready.inode
                 )
                 return Frame(Kind.READY, frame.id, body)
             case Kind.TREE:
-                number = await store.tree(view, wire.path_number(frame.body), account)
+                number = await store.tree(view, _known_number(wire.path_number(frame.body)), account)
                 return Frame(Kind.READY, frame.id, wire.ready_body(number, 0, 0, whole=True))
             case Kind.CONTROL:
-                request = json.loads(frame.body)
+                try:
+                    request = json.loads(frame.body)
+                except (ValueError, RecursionError) as error:
+                    raise FormatError("CONTROL is not JSON", where="request protocol") from error
                 if not isinstance(request, dict):
                     raise FormatError("CONTROL is not a JSON object", where="request protocol")
                 if not session.may_control and request.get("do") not in OPEN_VERBS:
-                    raise DaemonError("only the daemon's own user and root may control it")
+                    raise DaemonError("only the daemon's own user, root and its group may control it")
 
                 def progress(state: dict[str, object]) -> None:
                     session.send(Frame(Kind.PROGRESS, frame.id, json.dumps(state).encode()))
@@ -243,13 +292,35 @@ class RequestServer:
                 raise FormatError(f"{frame.kind.name} is not a request", where="request protocol")
 
 
-async def _frame(reader: asyncio.StreamReader) -> Frame:
+async def _hello(reader: asyncio.StreamReader) -> Frame:
+    """The first frame; its sender is nobody yet, so it may not be long."""
     length, kind, request = wire.parse_header(await reader.readexactly(wire.HEADER.size))
+    if length > HELLO_BYTES:
+        raise LimitError(f"a first message of {length} bytes", where="request protocol")
     return Frame(kind, request, await reader.readexactly(length))
 
 
-def _peer(writer: asyncio.StreamWriter) -> tuple[int, int]:
-    """(pid, uid) of the other end."""
-    sock = writer.get_extra_info("socket")
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
+async def _frame(reader: asyncio.StreamReader, user: User) -> Frame:
+    """The next frame; its body counts as held by ``user`` until somebody lets go of it. LimitError: there is no room for it."""
+    length, kind, request = wire.parse_header(await reader.readexactly(wire.HEADER.size))
+    user.hold(length)
+    try:
+        if length <= LONG_BODY:
+            return Frame(kind, request, await reader.readexactly(length))
+        async with asyncio.timeout(BODY_SECONDS):
+            return Frame(kind, request, await reader.readexactly(length))
+    except BaseException:
+        user.let_go(length)
+        raise
+
+
+def _known_number(number: int) -> int:
+    """``number``, which may be any 64 bits, as one that a path could have; the index cannot even be asked for others."""
+    if not 0 < number < 1 << 32:
+        raise FormatError(f"no path has the number {number}", where="request protocol")
+    return number
+
+
+def _refusal(error: VeneerError) -> Frame:
+    """Said of the whole connection, which ends."""
+    return Frame(Kind.FAILED, 0, wire.failed_body(error.errno, str(error), error.exit_code))

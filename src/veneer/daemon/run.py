@@ -21,6 +21,7 @@ from veneer.model.errors import CacheError, CacheFullError
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
+from .admission import Admission, allow_many_files
 from .compose import build_store, build_view, open_cache
 from .control import Control
 from .listening import DEFAULT_NAME, answers, listen
@@ -62,11 +63,14 @@ class DaemonSettings:
     """How long Nix waits for the answer about one path before it gets an error."""
     nix_sockets: Mapping[str, socket.socket] = field(default_factory=dict)
     """Worker sockets that came with the process, by name: they listen already."""
+    control_group: int | None = None
+    """Members of this group may control, besides root and the daemon's user."""
 
 
 def run_daemon(settings: DaemonSettings) -> bool:
     """Serve until told to stop. False: another daemon serves this cache already (``private`` only)."""
     root = settings.cache_root
+    allow_many_files()
     directory.prepare(root, shared=settings.shared)
     # One daemon starts at a time: who owns the cache while we start either listens or ends.
     with ExitStack() as starting:
@@ -117,6 +121,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         control,
         settings.default_view,
         idle.connections if idle else lambda _: None,
+        admission=Admission(settings.control_group),
     )
     workers.remove_stale()
     if settings.default_view.sources:
@@ -125,7 +130,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
     sock = listen(cache.root / SOCKET_NAME, settings.shared)
     listening()
     server = await asyncio.start_unix_server(requests.connected, sock=sock)
-    flushing = asyncio.create_task(_flush(cache, store, notices.dropped))
+    flushing = asyncio.create_task(_flush(cache, store, notices.dropped, stay=settings.private))
     if settings.client_fd is not None:
         streams = await asyncio.open_unix_connection(sock=socket.socket(fileno=settings.client_fd))
         starter = asyncio.create_task(requests.connected(*streams))  # noqa: F841, RUF006 - held here
@@ -149,11 +154,12 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
             (cache.root / SOCKET_NAME).unlink()
 
 
-async def _flush(cache: Cache, store: Store, dropped: Callable[[int], None]) -> None:
+async def _flush(cache: Cache, store: Store, dropped: Callable[[int], None], *, stay: bool) -> None:
     """Commit what the index gathered and, now and then, make files safe from power loss; for ever.
 
     A full disk loses remembered answers, never what is served: room is made and the next turn tries again. So it is with an
     index that another program holds, or whose disk fails, for UNAVAILABLE_SECONDS. Any other failure ends the daemon with its error.
+    ``stay``: but not that the directory was deleted: clients have files of it open, and can have errors for the rest.
     """
     turn = 0
     unavailable_since: float | None = None
@@ -177,6 +183,10 @@ async def _flush(cache: Cache, store: Store, dropped: Callable[[int], None]) -> 
                 store.stories.add(str(cache.root), error)
             if time.monotonic() - unavailable_since > UNAVAILABLE_SECONDS:
                 raise
+        except CacheError as error:
+            if not stay or cache.is_in_place():
+                raise
+            store.stories.add(str(cache.root), error)
         else:
             unavailable_since = None
 

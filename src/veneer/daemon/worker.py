@@ -4,7 +4,8 @@ Nix cannot say which sources and keys it wants, so a socket belongs to one sessi
 on its account, and goes with it. The connections are asyncio protocols without a task each: what is known is answered in the
 call that brought the question.
 
-Bounds: CONNECTIONS per socket; GREETING_SECONDS until a client has introduced itself; MAX_HELD bytes of unfinished requests over
+Bounds: CONNECTIONS per socket, of which every user but root and the daemon's own may have CONNECTIONS_OF_USER; who is one too
+many is told so in words that Nix shows, and let go. GREETING_SECONDS until a client has introduced itself; MAX_HELD bytes of unfinished requests over
 all connections of a socket; one open request per connection, and nothing is read while its client does not take the answers.
 After an ERROR that ends a connection, LINGER_SECONDS for the client to read it while what it still sends is thrown away.
 """
@@ -12,6 +13,7 @@ After an ERROR that ends a connection, LINGER_SECONDS for the client to read it 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 from collections import deque
@@ -23,10 +25,11 @@ from typing import cast
 from veneer import __version__
 from veneer.formats import worker_wire as wire
 from veneer.formats.worker_wire import Event, Request
-from veneer.model.errors import DaemonError, FormatError, UsageError, VeneerError
+from veneer.model.errors import DaemonError, FormatError, UsageError, VeneerError, printable
 from veneer.store.store import Store
 from veneer.store.views import View
 
+from .admission import credentials
 from .listening import DEFAULT_NAME, DIRECTORY, answers, listen
 from .sessions import Session, Sessions
 from .worker_answers import Answers
@@ -34,6 +37,7 @@ from .worker_paths import KnownPaths, NoAnswerError
 
 ANSWER_SECONDS = 30.0
 CONNECTIONS = 256
+CONNECTIONS_OF_USER = 64
 GREETING_SECONDS = 10.0
 LINGER_SECONDS = 5.0
 MAX_HELD = 64 << 20
@@ -166,6 +170,16 @@ class WorkerSocket:
         for connection in list(self.connections):
             connection.abort()
 
+    def refusal(self, uid: int) -> DaemonError | None:
+        """Why a connection of this user cannot be taken, if so."""
+        there = [connection.uid for connection in self.connections]
+        mine = there.count(uid)
+        if len(there) < CONNECTIONS and (uid in (0, os.geteuid()) or mine < CONNECTIONS_OF_USER):
+            return None
+        return DaemonError(
+            f"too many connections: {len(there)}, and {mine} of them of user {uid}", where=self.path.name
+        )
+
     @property
     def held(self) -> int:
         return sum(connection.decoder.held for connection in self.connections)
@@ -188,8 +202,12 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if len(self._socket.connections) >= CONNECTIONS:
-            self._transport.abort()
+        self.uid = credentials(transport.get_extra_info("socket")).uid
+        if (refusal := self._socket.refusal(self.uid)) is not None:
+            self._ending = True
+            self._socket.store.stories.add("nix", refusal)
+            self._transport.write(f"veneer: {refusal.what}\n".encode())
+            self._transport.close()
             return
         self._socket.connections.add(self)
         self._wait_at_most(GREETING_SECONDS)
@@ -270,7 +288,7 @@ class _Connection(asyncio.BufferedProtocol):
                 )
             case wire.Malformed(error):
                 if self._greeted:
-                    self._end(str(error))
+                    self._end(_words(error))
                 else:
                     self._transport.close()
 
@@ -321,7 +339,7 @@ class _Connection(asyncio.BufferedProtocol):
         """ERROR; the connection goes on."""
         if isinstance(error, NoAnswerError):  # everything else is a story of who met it
             self._socket.store.stories.add("nix", error)
-        self._transport.write(wire.error_reply(self._version, str(error)))
+        self._transport.write(wire.error_reply(self._version, _words(error)))
 
     def _end(self, message: str) -> None:
         """ERROR; the client has some time to read it before the connection ends."""
@@ -333,3 +351,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport.write(wire.error_reply(self._version, message))
         self._transport.resume_reading()
         self._wait_at_most(LINGER_SECONDS)
+
+
+def _words(error: VeneerError) -> str:
+    """What Nix prints as it is: nothing in it may drive a terminal."""
+    return "\n".join(map(printable, str(error).split("\n")))

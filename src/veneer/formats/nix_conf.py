@@ -10,7 +10,8 @@ A later setting replaces an earlier one of the same name. ``extra-NAME = words``
 nothing was set. Old names (``binary-caches``, ...) mean the new ones. Nix reads, in this order, the system's file, the
 users' files and ``$NIX_CONFIG``: parse each with the result of the one before as ``base``.
 
-Limits, enforced here: 1 MiB per file, 16 files inside each other (Nix has none and overflows its stack). Reading the files
+Limits, enforced here: 1 MiB per file, 16 files inside each other (Nix has none and overflows its stack), 256 includes in all
+(two lines that include their own file are 2^16 readings of it). Reading the files
 is the caller's work. Unknown settings are kept, as plugins and other versions have others; typed values are checked when
 asked for (``settings``).
 """
@@ -26,6 +27,7 @@ from veneer.model.errors import FormatError, LimitError
 
 MAX_SIZE = 1 << 20
 MAX_INCLUDE_DEPTH = 16
+MAX_INCLUDES = 256
 
 DEFAULTS: Mapping[str, str] = {
     "substituters": "https://cache.nixos.org/",
@@ -68,7 +70,16 @@ def parse_nix_conf(
     ``path``: the file's own, for includes and messages. ``include`` is asked for included files.
     """
     values = dict(base or {})
-    _parse(text, path, include, values, 0)
+    included = 0
+
+    def counted(name: str) -> str | None:
+        nonlocal included
+        included += 1
+        if included > MAX_INCLUDES:
+            raise LimitError(f"more than {MAX_INCLUDES} includes", where=path)
+        return include(name)
+
+    _parse(text, path, counted, values, 0)
     return values
 
 

@@ -371,7 +371,7 @@ class TreeIndex:
                 ):
                     return record
             slot = slot + 1 & mask
-            if slot - first & mask >= MAX_PROBES:
+            if slot == first or slot - first & mask >= MAX_PROBES:  # a damaged table may have no free slot
                 return self._search(parent, name)
         return 0
 
@@ -528,6 +528,7 @@ class TreeIndex:
         if (
             not self._records_at <= start <= start + length <= self._records_end
             or length < DOTS
+            or (length == DOTS) is not (count == 0)
             or (count and not entry < first <= first + count <= self.count)
         ):
             raise FormatError(f"damaged row of directory {entry}", where=_WHERE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.formats.nix_conf import MAX_SIZE, parse_nix_conf, settings
+from veneer.formats.nix_conf import MAX_INCLUDES, MAX_SIZE, parse_nix_conf, settings
 from veneer.model.errors import FormatError, LimitError
 
 
@@ -85,6 +85,25 @@ def test_a_missing_include_is_told_with_its_place() -> None:
 def test_files_that_include_themselves_are_refused() -> None:
     with pytest.raises(LimitError):
         parse_nix_conf("include nix.conf", path="/nix.conf", include=lambda _: "include nix.conf")
+
+
+def test_files_that_include_themselves_twice_are_refused_at_once() -> None:
+    asked: list[str] = []
+
+    def include(name: str) -> str:
+        asked.append(name)
+        return "!include nix.conf\n" * (2 if len(asked) < MAX_INCLUDES else 0)
+
+    with pytest.raises(LimitError):
+        parse_nix_conf("include nix.conf\n" * 2, path="/nix.conf", include=include)
+    assert len(asked) <= MAX_INCLUDES
+
+
+def test_many_files_may_be_included_one_after_the_other() -> None:
+    text = "include a\n" * MAX_INCLUDES
+    assert parse_nix_conf(text, include=lambda _: "x = 1") == {"x": "1"}
+    with pytest.raises(LimitError, match="includes"):
+        parse_nix_conf(text + "include b\n", include=lambda _: "x = 1")
 
 
 @pytest.mark.parametrize(
