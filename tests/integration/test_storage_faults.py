@@ -390,15 +390,19 @@ def number_of(caller: Caller, made: MadePath) -> int:
         return int(db.execute("SELECT number FROM paths WHERE name = ?", (made.path.name,)).fetchone()[0])
 
 
-def test_cache_directory_that_disappears_is_an_io_error_and_the_next_run_begins_anew(caller: Caller) -> None:
+def test_deleted_cache_directory_is_an_io_error_for_what_is_not_open_and_the_next_run_begins_anew(
+    caller: Caller, source: SignedCache
+) -> None:
     target = caller.home / "mount"
     with caller.mount_probe(target) as probe:
         assert is_right(read(probe, target, FIRST), FIRST)
-        caller.cache.rename(caller.home / "gone")
-        shutil.rmtree(caller.home / "gone")
-        answer = read(probe, target, SECOND)
-        assert answer.get("error") == "EIO" or is_right(answer, SECOND)
-        answer = read(probe, target, FIRST)
-        assert answer.get("error") == "EIO" or is_right(answer, FIRST)
-    fetched(caller, *MADE)
+        daemon = caller.daemon_pid()
+        shutil.rmtree(caller.cache)
+        assert read(probe, target, SECOND)["error"] == "EIO"
+        assert is_right(read(probe, target, FIRST), FIRST)
+        fetched(caller, *MADE)  # a daemon and a directory of its own
+        assert caller.daemon_pid() != daemon
+        assert Path(f"/proc/{daemon}").exists()
+        assert is_right(read(probe, target, FIRST), FIRST)
+        assert probe.process.poll() is None
     assert good(caller)["checked"]["nars"] == 3

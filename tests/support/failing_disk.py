@@ -11,7 +11,8 @@ relative to the target. Files ``*.nar*`` are read and written without the kernel
 for. The server is a process of its own (this module as a program), one thread, so that nobody can wait for himself.
 """
 
-# ruff: noqa: PTH - names and descriptors are passed through as they come.
+# Names and descriptors are passed through as they come:
+# ruff: noqa: PTH101, PTH102, PTH104, PTH106, PTH108, PTH115, PTH211
 from __future__ import annotations
 
 import contextlib

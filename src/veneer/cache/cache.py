@@ -244,6 +244,13 @@ class Cache:
         self.index.mark_synced(batch.files)
         return [file.number for file in lost if file.kind == "nar"]
 
+    def is_in_place(self) -> bool:
+        """Whether the directory is still the one that was opened: not deleted, nor another in its place."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), (self.root / directory.LOCK).stat())
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Commits and gives the lock back."""
         if self._lock < 0:

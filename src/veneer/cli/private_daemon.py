@@ -52,7 +52,8 @@ class PrivateDaemon:
         status = self.process.poll()
         if not status:
             return None
-        with open(self.log, "rb") as log:
+        said = ""
+        with contextlib.suppress(OSError), open(self.log, "rb") as log:  # the cache directory may be gone
             log.seek(self.log_start)
             said = log.read()[-_TAIL:].decode("utf-8", "replace").rpartition(_PREFIX)[2].strip()
         what, _, hint = said.partition("\nhint: ")

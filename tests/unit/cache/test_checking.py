@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
 from collections.abc import Callable
@@ -27,9 +28,11 @@ from tests.support.caches import (
 from veneer.cache import checking
 from veneer.cache.cache import Cache
 from veneer.cache.checking import Fault, Finding, Notices, Report, check, check_alone
+from veneer.cache.chunk_maps import ChunkMap, ChunkMaps
 from veneer.cache.directory import INDEX
-from veneer.cache.index import NarState, TreeState
-from veneer.formats.tree_index import nar_file, tree_file
+from veneer.cache.index import NarState, PathRow, TreeState
+from veneer.formats.chunk_map import place_chunks
+from veneer.formats.tree_index import nar_file, sparse_file, tree_file
 from veneer.model.errors import CacheError, CacheInUseError
 
 
@@ -232,3 +235,33 @@ def test_tree_of_another_index_is_found(tmp_path: Path) -> None:
         assert [(f.fault, f.reason) for f, _ in report.findings] == [
             (Fault.WRONG, "it belongs to another index")
         ]
+
+
+def add_sparse(cache: Cache, which: int) -> PathRow:
+    """A path of which the first and the last of three chunks are there."""
+    path = add_row(cache, which)
+    data, third = nar_bytes(which), NAR_SIZE // 3 + 1
+    pieces = [data[at : at + third] for at in range(0, NAR_SIZE, third)]
+    chunks = place_chunks([(len(p), len(p), hashlib.sha256(p).digest()) for p in pieces], 0)
+    ChunkMaps(cache.index).put(path.number, ChunkMap("https://cache.example", "nar/1", "none", chunks))
+    sparse = cache.nars.sparse(path.number, chunks, None)
+    for ordinal in (0, 2):
+        sparse.write(ordinal, pieces[ordinal])
+    sparse.landed([0, 2])
+    cache.index.set_nar(path.number, NarState.SPARSE, sparse.disk_size, bytes(sparse.present))
+    sparse.finish()
+    return row(cache, path.number)
+
+
+def test_of_a_sparse_nar_the_chunks_that_are_there_are_checked(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        sound, flipped = add_sparse(cache, 1).number, add_sparse(cache, 2).number
+        assert checked(cache).found == 0
+        flip(tmp_path / sparse_file(sound), NAR_SIZE // 2)  # in the hole
+        flip(tmp_path / sparse_file(flipped), NAR_SIZE - 1)
+        report = checked(cache)
+        assert faults(report) == {sparse_file(flipped): Fault.WRONG}
+        assert report.dropped == 1
+        assert files(tmp_path) == {sparse_file(sound)}
+        assert row(cache, sound).nar is NarState.SPARSE
+        assert row(cache, flipped).nar is NarState.NONE
