@@ -21,6 +21,7 @@ from veneer.model.errors import CacheError, CacheFullError
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
+from .admission import Admission, allow_many_files
 from .compose import build_store, build_view, open_cache
 from .control import Control
 from .listening import DEFAULT_NAME, answers, listen
@@ -62,11 +63,14 @@ class DaemonSettings:
     """How long Nix waits for the answer about one path before it gets an error."""
     nix_sockets: Mapping[str, socket.socket] = field(default_factory=dict)
     """Worker sockets that came with the process, by name: they listen already."""
+    control_group: int | None = None
+    """Members of this group may control, besides root and the daemon's user."""
 
 
 def run_daemon(settings: DaemonSettings) -> bool:
     """Serve until told to stop. False: another daemon serves this cache already (``private`` only)."""
     root = settings.cache_root
+    allow_many_files()
     directory.prepare(root, shared=settings.shared)
     # One daemon starts at a time: who owns the cache while we start either listens or ends.
     with ExitStack() as starting:
@@ -117,6 +121,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         control,
         settings.default_view,
         idle.connections if idle else lambda _: None,
+        admission=Admission(settings.control_group),
     )
     workers.remove_stale()
     if settings.default_view.sources:
