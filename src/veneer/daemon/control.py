@@ -94,7 +94,11 @@ class Control:
             },
             "downloads": [str(row.store_path) for row in self._store.fetcher.rows],
             "connections": [
-                {"peer": s.peer, "sources": [source.url for source in s.view.chain.sources]}
+                {
+                    "peer": s.peer,
+                    "sources": [source.url for source in s.view.chain.sources],
+                    "prefetched": None if s.account.prefetched is None else s.account.prefetched.report(),
+                }
                 for s in self._sessions.connected
             ],
             "stories": [

@@ -48,7 +48,7 @@ class Prefetch:
         self._whole = asyncio.Semaphore(PARALLEL_WHOLE)
         self._size = 0
         self.outcome = account.prefetched = Prefetched(len(trace))
-        self.failure: VeneerError | None = None
+        self.failure: VeneerError | OSError | None = None
         """The first."""
 
     async def run(self, progress: Progress) -> Prefetched:
@@ -89,7 +89,7 @@ class Prefetch:
             fits = await self._loaded(traced, path)
         except AbsentError:
             outcome.unmatched += 1
-        except VeneerError as error:
+        except (VeneerError, OSError) as error:
             outcome.failed += 1
             self._failed(str(path), error)
         else:
@@ -140,6 +140,6 @@ class Prefetch:
         self._size += size
         return True
 
-    def _failed(self, where: str, error: VeneerError) -> None:
+    def _failed(self, where: str, error: VeneerError | OSError) -> None:
         self._store.stories.add(f"prefetch {where}", error)
         self.failure = self.failure or error
