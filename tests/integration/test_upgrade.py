@@ -149,7 +149,7 @@ def test_readers_in_an_environment_do_not_notice_upgrades(
         found = result()
     check(found)
     assert found["said"].count("another took over") == UPGRADES
-    assert not list((caller.home / "environments" / ".running").iterdir())
+    assert list((caller.home / "environments").iterdir()) == []
 
 
 def test_readers_of_a_mount_do_not_notice_upgrades(
@@ -228,6 +228,31 @@ def test_a_version_that_cannot_serve_leaves_the_old_one_running(
         assert keeper_of(process.pid) == keeper
         eventually(lambda: server_of_run(process.pid))
         assert [row["state"] for row in upgrade(old)["running"]] == ["current"]
+        found = result()
+    check(found)
+
+
+def test_files_replaced_in_place_are_taken_up_when_they_serve(
+    caller: Caller, readable: Readable, make_version: MakeVersion
+) -> None:
+    use(caller, readable)
+    place = make_version(f"2.0-{'root' if caller.is_root else 'user'}")
+    own = of_version(caller, place)
+    server = place / "veneer" / "mount" / "server.py"
+    name, (_, good, broken) = place.name.removeprefix("version-"), BREAKAGES["start"]
+    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
+    old = of_version(caller, make_version("1.0"))
+    process = old.popen(old.words("run", "--", *readers))
+    with reading(process) as result:
+        assert [row["state"] for row in upgrade(own)["running"]] == ["upgraded"]
+        _replace(server, good, broken)
+        _replace(place / "veneer" / "__init__.py", name, "2.1")
+        (row,) = upgrade(own, status=1)["running"]
+        assert (row["state"], row["version"]) == ("refused", name)
+        _replace(server, broken, good)
+        _replace(place / "veneer" / "__init__.py", "2.1", "2.2")
+        (row,) = upgrade(own)["running"]
+        assert (row["state"], row["before"], row["version"]) == ("upgraded", name, "2.2")
         found = result()
     check(found)
 

@@ -179,6 +179,7 @@ class Servers:
         self._since, self._number = handover.since, handover.number
         self._pid, self._pidfd = handover.pids["server"], handover.fds["server"]
         self._lingering = dict(handover.lingering)
+        self._loaded()  # from here on its files may be replaced
         with socket.socket(fileno=handover.fds["caller"]) as caller:
             running.reply(caller, {"version": self._program.version})
 
@@ -304,6 +305,8 @@ class Servers:
         hindrance = self._succession.hindrance() if serving_still else "it is ending"
         if hindrance is not None:
             return _refused(hindrance)
+        with contextlib.suppress(Exception):
+            self._loaded()  # what there may be to go back to: its files may be replaced already
         try:
             heir = self._heir(program)
         except OSError as error:

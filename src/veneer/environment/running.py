@@ -25,6 +25,7 @@ ASK_SECONDS = 5.0
 CALLER_SECONDS = 1.0
 """How long a caller may take to say what it wants, and to take the answer."""
 _LIMIT = 1 << 16
+_TRIES = 10
 _SHOWN = 200
 
 Kind = Literal["environment", "mount"]
@@ -44,6 +45,7 @@ class Listening:
     def remove(self) -> None:
         with contextlib.suppress(OSError):
             self.path.unlink()
+            self.path.parent.rmdir()  # when it is the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +87,21 @@ def listen(root: Path) -> Listening | None:
     """None when nothing can be written below ``root``: then nobody can speak to the keeper."""
     directory = root / DIRECTORY
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = directory / f"{os.getpid()}-{os.urandom(4).hex()}.sock"
-        with _entered(directory) as there:
-            bound.bind(f"{there}/{path.name}")
-        bound.listen(4)
-    except OSError:
-        bound.close()
-        return None
-    bound.setblocking(False)
-    return Listening(bound, path)
+    path = directory / f"{os.getpid()}-{os.urandom(4).hex()}.sock"
+    for _ in range(_TRIES):
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _entered(directory) as there:
+                bound.bind(f"{there}/{path.name}")
+            bound.listen(4)
+            bound.setblocking(False)
+            return Listening(bound, path)
+        except FileNotFoundError:  # somebody was the last there, and removed it
+            continue
+        except OSError:
+            break
+    bound.close()
+    return None
 
 
 def find(root: Path) -> list[About]:
