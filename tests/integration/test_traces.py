@@ -279,6 +279,22 @@ def test_prefetch_goes_on_beside_the_command(caller: Caller, store: SignedCache,
     assert json.loads(report.read_text())["prefetched"]["paths"] == 4
 
 
+def test_a_mount_prefetches_as_well(as_root: Caller, store: SignedCache, faulty_http: Serve) -> None:
+    server = faulty_http(store.directory)
+    as_root.use(server.url, key=store.key)
+    file, target = record(as_root, store), as_root.home / "mnt"
+    forget(as_root)
+    server.seen.clear()
+    target.mkdir()
+    mount = as_root.popen(as_root.words("mount", "--prefetch", file, target))
+    try:
+        eventually(lambda: len(set(nars(server))) == 3)
+    finally:
+        mount.terminate()
+        mount.communicate(timeout=60)
+    assert mount.returncode == 0
+
+
 @pytest.mark.parametrize("verify", ["strict", "deferred"])
 def test_of_a_published_cache_only_the_touched_parts_are_fetched(
     verify: str, as_root: Caller, store: SignedCache, faulty_http: Serve, open_directory: Path

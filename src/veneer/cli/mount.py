@@ -28,7 +28,7 @@ from veneer.cli.output import Output
 from veneer.model.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
-    from veneer.cli.private_daemon import WatchedDaemon
+    from veneer.environment import Companion
     from veneer.environment.running import Answer, Listening
     from veneer.model.program import Program
     from veneer.mount.succession import Succession
@@ -40,10 +40,11 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 @click.command()
 @click.argument("directory", metavar="DIR")
 @settings_flags(max_size=True)
+@click.option("--prefetch", "ahead", metavar="FILE", help="Load what this trace tells.")
 @quiet_option("Say nothing when all is well.")
 @json_option("Errors as JSON.")
 @click.pass_obj
-def mount(output: Output, flags: Flags, directory: str) -> int:
+def mount(output: Output, flags: Flags, directory: str, ahead: str | None) -> int:
     """Mount the store on a directory until interrupted.
 
     Read-only; it lists as empty, and store paths are there when they are named. Needs root, or an own user and mount
@@ -63,8 +64,13 @@ def mount(output: Output, flags: Flags, directory: str) -> int:
     settings = load_settings(flags)
     fuse = device.open_fuse()
     make_cache_dir(settings.cache_dir)
-    with closing(WatchedDaemon(settings, "", output)) as daemon, _interruptible():
-        daemon.client.greet()
+    with closing(WatchedDaemon(settings, "", output)) as watched, _interruptible():
+        watched.client.greet()
+        daemon: Companion = watched
+        if ahead is not None:
+            from veneer.cli.run import prefetching, read_trace
+
+            daemon = prefetching(watched, read_trace(ahead), ())
         # An interrupt between the mount and the try would leave it mounted; a server before the mount has nothing to read.
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         device.mount_fuse(fuse, str(target))
@@ -110,7 +116,7 @@ class _Means:
     listening: Listening | None
 
 
-def _serve(means: _Means, daemon: WatchedDaemon, output: Output) -> int:
+def _serve(means: _Means, daemon: Companion, output: Output) -> int:
     """Start mount servers until one unmounted (0) or the last one cannot have a successor: its status."""
     from veneer.mount.succession import is_connected
 
@@ -133,7 +139,7 @@ def _serve(means: _Means, daemon: WatchedDaemon, output: Output) -> int:
 
 
 def _wait(
-    means: _Means, server: subprocess.Popen[bytes], daemon: WatchedDaemon
+    means: _Means, server: subprocess.Popen[bytes], daemon: Companion
 ) -> tuple[subprocess.Popen[bytes], int]:
     """The server that ended, and its status. A daemon that dies meanwhile has a successor."""
     from veneer.environment import running
