@@ -14,10 +14,12 @@ from tests.support.faulty_http import Body, Fault, FaultyServer, Reset, Stall, S
 from tests.support.published import SECRET, closure_path, make_closure, publish_closure
 from tests.unit.store.test_store_behaviour import Bench, run
 from veneer.daemon.compose import build_view
+from veneer.daemon.worker_paths import KnownPaths
 from veneer.formats.bundle import CHUNKS, LISTING, NARINFO, Entry, parse_bundle, write_bundle
 from veneer.formats.narinfo import parse_narinfo, write_narinfo
 from veneer.formats.signature import SecretKey, fingerprint
 from veneer.model.errors import SourceError
+from veneer.model.store_path import StorePath
 from veneer.store import bundled
 from veneer.store.remembered import RememberedSource
 from veneer.store.views import View, ViewConfig
@@ -130,6 +132,25 @@ def test_many_who_ask_at_once_share_one_bundle(tmp_path: Path, place: Path) -> N
             for _ in range(20):
                 group.create_task(bench.store.closure(view, [ROOT], bench.account))
         assert server.count() == 2
+
+    over_http(tmp_path, place, body)
+
+
+def test_what_nix_asks_through_its_socket_profits_too(tmp_path: Path, place: Path) -> None:
+    async def body(bench: Bench, view: View, server: FaultyServer) -> None:
+        told: set[StorePath] = set()
+        complete = asyncio.Event()
+
+        def trusted(path: StorePath) -> None:
+            told.add(path)
+            if len(told) == COUNT:
+                complete.set()
+
+        known = KnownPaths(bench.store.resolver, view, trusted, parallel=64)
+        assert await known.info(ROOT, bench.account, 10)
+        await asyncio.wait_for(complete.wait(), 10)
+        assert server.count() == 2
+        await known.close()
 
     over_http(tmp_path, place, body)
 
