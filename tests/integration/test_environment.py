@@ -27,6 +27,7 @@ from tests.support.users import OtherUser
 from veneer.environment import RunSpec, plan, serving, syscalls
 from veneer.environment.apply import Executor, StepError
 from veneer.environment.facts import read_facts
+from veneer.environment.running import DIRECTORY
 from veneer.formats.mountinfo import find_mount, parse_mountinfo
 from veneer.formats.request_wire import Kind
 
@@ -86,7 +87,8 @@ class Machine:
         return self.home / "environments"
 
     def layers(self) -> list[str]:
-        return sorted(path.name for path in self.environments.iterdir()) if self.environments.exists() else []
+        found = self.environments.iterdir() if self.environments.exists() else ()
+        return sorted(path.name for path in found if path.name != DIRECTORY)
 
     def start(self, *command: str, stdin: Any = subprocess.DEVNULL, **fields: Any) -> Running:
         token = secrets.token_hex(4)

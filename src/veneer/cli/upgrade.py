@@ -45,9 +45,9 @@ State = Literal["upgraded", "current", "refused", "left", "none"]
 @json_option()
 @click.pass_obj
 def upgrade(output: Output, flags: Flags, names: tuple[str, ...], also_current: bool) -> int:
-    """Have this version of veneer take over running environments, mounts and daemons.
+    """Have this version of veneer take over what runs.
 
-    Without NAME: everything that runs for this user. Readers wait for milliseconds and notice nothing. A version that cannot
+    Without NAME: all environments, mounts and private daemons of this user. Readers wait for milliseconds and notice nothing. A version that cannot
     serve what runs is refused, and the old one goes on; then the exit status is 1.
 
     \b

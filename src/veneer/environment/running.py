@@ -91,9 +91,11 @@ def listen(root: Path) -> Listening | None:
     for _ in range(_TRIES):
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sweep(directory)
             with _entered(directory) as there:
-                bound.bind(f"{there}/{path.name}")
-            bound.listen(4)
+                bound.bind(f"{there}/{path.stem}.new")  # one that does not listen yet looks left behind
+                bound.listen(4)
+            path.with_suffix(".new").rename(path)
             bound.setblocking(False)
             return Listening(bound, path)
         except FileNotFoundError:  # somebody was the last there, and removed it
@@ -102,6 +104,18 @@ def listen(root: Path) -> Listening | None:
             break
     bound.close()
     return None
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what killed processes left."""
+    for path in directory.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller, contextlib.suppress(OSError):
+            caller.setblocking(False)
+            try:
+                with _entered(directory) as there:
+                    caller.connect(f"{there}/{path.name}")
+            except ConnectionRefusedError:
+                path.unlink()
 
 
 def find(root: Path) -> list[About]:
