@@ -13,7 +13,6 @@ store. Bytes are counted by the link (bodies and HTTP headers), requests in the 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from benchmarks.support.corpus import Corpus
 from benchmarks.support.results import Table, in_turns
 from benchmarks.support.shaped_link import ShapedLink
-from benchmarks.support.stage import BenchError, Stage, corpus_of, parser, veneer_command
+from benchmarks.support.stage import Stage, corpus_of, parser, veneer_command
 from tests.support.nginx import Nginx, find_nginx
 from tests.support.nix import RealNix, fetch_nix
 
@@ -37,10 +36,12 @@ _HELLO = '#include <stdio.h>\nint main(void) { return puts("hello") < 0; }\n'
 
 def commands(corpus: Corpus, scratch: Path) -> dict[str, list[str]]:
     """What a user would type -> the words that do it with programs of Debian, which expect their libraries elsewhere."""
-    at = corpus.paths
+    at = {name: f"{corpus.top}/{Path(path).name}" for name, path in corpus.paths.items()}  # as by a profile
 
     def with_libraries(*packages: str, more: tuple[str, ...] = ()) -> list[str]:
-        found = [f"{at[name]}/{place}/{_MULTIARCH}" for name in ("libc6", *packages) for place in (".", "usr")]
+        found = [
+            f"{at[name]}/{place}/{_MULTIARCH}" for name in ("libc6", *packages) for place in (".", "usr")
+        ]
         loader = f"{at['libc6']}/{_MULTIARCH}/ld-linux-x86-64.so.2"
         path = ":".join([*found, *more])
         return ["env", f"LD_LIBRARY_PATH={path}", loader, "--inhibit-cache", "--library-path", path]
@@ -48,7 +49,14 @@ def commands(corpus: Corpus, scratch: Path) -> dict[str, list[str]]:
     python = [
         "env",
         f"PYTHONHOME={at['libpython3.11-minimal']}/usr",
-        f"PYTHONPATH={at['libpython3.11-stdlib']}/usr/lib/python3.11:{at['python3-numpy']}/usr/lib/python3/dist-packages",
+        "PYTHONPATH="
+        + ":".join(
+            [
+                f"{at['libpython3.11-stdlib']}/usr/lib/python3.11",
+                f"{at['libpython3.11-stdlib']}/usr/lib/python3.11/lib-dynload",
+                f"{at['python3-numpy']}/usr/lib/python3/dist-packages",
+            ]
+        ),
     ]
     algebra = tuple(f"{at[f'lib{name}3']}/usr/{_MULTIARCH}/{name}" for name in ("blas", "lapack"))
     numpy = with_libraries(
@@ -146,7 +154,17 @@ def _published(stage: Stage, key_file: Path) -> Path:
     from_, to = ["--from", f"file://{stage.corpus.cache}"], ["--to", f"file://{place}"]
     key = ["--trusted-public-key", stage.corpus.public_key, "--key-file", str(key_file)]
     cache = stage.home / "publishing"
-    command = [*veneer_command(), "mirror", "-q", *from_, *to, *key, "--cache-dir", str(cache), stage.corpus.top]
+    command = [
+        *veneer_command(),
+        "mirror",
+        "-q",
+        *from_,
+        *to,
+        *key,
+        "--cache-dir",
+        str(cache),
+        stage.corpus.top,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(cache, ignore_errors=True)
     return place
@@ -182,14 +200,14 @@ def main() -> None:
         moved = {"bytes": 0.0, "requests": 0.0}
 
         def over_the_link(which: Served, run: Callable[[str], float]) -> float:
-            before = which.server.requests()
+            which.server.forget()
             if options.loopback:
                 took = run(which.server.url)
             else:
                 with ShapedLink(which.server.port) as shaped:
                     took = run(shaped.url)
                     moved["bytes"] = shaped.bytes_down / 1e6
-            moved["requests"] = which.server.requests() - before
+            moved["requests"] = len(which.server.requests())
             return took
 
         def note(work: str, way: str, took: float) -> None:
