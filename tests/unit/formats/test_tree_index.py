@@ -268,6 +268,8 @@ def test_a_damaged_table_without_a_free_slot_ends_the_search() -> None:
 def test_a_damaged_directory_of_names_without_children_is_refused() -> None:
     tree = Directory(((b"a", RegularFile(0, executable=False, offset=0)),))
     made = encode_tree(tree, path_number=7, generation=bytes(16), nar_hash=bytes(32), nar_size=1000)
-    made[tree_index.HEADER_SIZE + 28 : tree_index.HEADER_SIZE + 32] = bytes(4)  # the root's number of children
+    made[tree_index.HEADER_SIZE + 28 : tree_index.HEADER_SIZE + 32] = bytes(
+        4
+    )  # the root's number of children
     with pytest.raises(FormatError, match="damaged row"):
         TreeIndex(bytes(made)).run(0, DOTS // 2, 300)
