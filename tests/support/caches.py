@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from pathlib import Path
 
 from veneer.cache.cache import Cache
+from veneer.cache.chunk_maps import ChunkMaps
 from veneer.cache.index import PathRow, TreeState
 from veneer.cache.nars import IncomingNar, VerifiedNar
 from veneer.formats.tree_index import encode_tree
@@ -88,6 +90,12 @@ def row(cache: Cache, number: int) -> PathRow:
     found = cache.index.path(number)
     assert found is not None
     return found
+
+
+async def until_learnt(cache: Cache, number: int) -> None:
+    """Until the digests of a NAR's chunks are known, which a store looks after once it has the NAR."""
+    while ChunkMaps(cache.index).get(number) is None:  # noqa: ASYNC110 - nobody announces it
+        await asyncio.sleep(0.01)
 
 
 def files(root: Path) -> set[str]:

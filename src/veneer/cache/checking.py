@@ -23,6 +23,7 @@ import itertools
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Callable, Generator, Iterator, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -42,6 +43,9 @@ from .index import DamagedIndexError, Index, NarState, PathRow, TreeState, damag
 
 BATCH = 256
 SHOWN = 1000
+BUSY_TRIES = 10
+BUSY_SECONDS = 0.5
+"""Files that are being written are looked at again so often, so much later."""
 _PIECE = 1 << 20
 _UNREADABLE = (errno.EIO, errno.EUCLEAN, errno.ENODATA, errno.EBADMSG)
 """What a disk says of a file that it has lost; anything else is said of us or of the whole file system."""
@@ -236,13 +240,18 @@ def check(
 
     settle = partial(_settle, root, index, report, drop, clock, busy, notices, fault)
     after = 0
+    later: set[int] = set()
     while rows := index.with_files_after(after, BATCH):
         after = rows[-1].number
-        todo = [(row, kind, kind.look_up(index, row)) for row in rows for kind in KINDS if kind.promised(row)]
-        findings: list[Finding] = yield partial(_examine, root, todo, reading)
+        findings: list[Finding] = yield partial(_examine, root, _todo(index, rows), reading)
         report.trees += sum(row.tree is not TreeState.NONE for row in rows)
         report.nars += sum(row.nar is not NarState.NONE for row in rows)
-        settle(findings)
+        later |= settle(findings)
+    for last in (*(False,) * BUSY_TRIES, True):
+        if later:
+            yield partial(time.sleep, BUSY_SECONDS)
+            rows = [row for number in later if (row := index.path(number)) is not None]
+            later = settle((yield partial(_examine, root, _todo(index, rows), reading)), anyway=last)
     names = _names(root)
     while batch := (yield partial(_some, names)):
         report.files += len(batch)
@@ -320,6 +329,10 @@ def mark_damaged(root: Path) -> None:
 
 
 # -- in any thread
+
+
+def _todo(index: Index, rows: list[PathRow]) -> list[tuple[PathRow, Kind, Any]]:
+    return [(row, kind, kind.look_up(index, row)) for row in rows for kind in KINDS if kind.promised(row)]
 
 
 def _examine(root: Path, todo: list[tuple[PathRow, Kind, Any]], read: Read) -> list[Finding]:
@@ -427,9 +440,14 @@ def _settle(
     notices: Notices,
     fault: Callable[[str], None],
     findings: list[Finding],
-) -> None:
-    """Reports those of ``findings`` that still hold, and drops them (V4)."""
+    anyway: bool = False,
+) -> set[int]:
+    """Reports those of ``findings`` that still hold, and drops them (V4).
+
+    Left alone are the numbers that are being written just now, which it returns; ``anyway``: they are reported all the same.
+    """
     being_written = busy()
+    later: set[int] = set()
     resets: list[Finding] = []
     file = root
     try:
@@ -440,12 +458,16 @@ def _settle(
                 row = index.path(finding.number)
                 if row is None or not any(k.name == finding.kind and k.promised(row) for k in KINDS):
                     continue
-                if _identity(file) != finding.identity or finding.number in being_written:
+                if finding.number in being_written and not anyway:
+                    later.add(finding.number)
+                    continue
+                if _identity(file) != finding.identity:
                     continue
             elif size is None:
                 continue
-            report.add(finding, dropped=drop, freed=size or 0)
-            if not drop:
+            dropping = drop and finding.number not in being_written
+            report.add(finding, dropped=dropping, freed=size or 0)
+            if not dropping:
                 continue
             if finding.fault is Fault.WRONG:
                 index.replace_path(finding.number, clock())
@@ -468,6 +490,7 @@ def _settle(
             )
     for finding in resets:
         notices.dropped(finding)
+    return later
 
 
 def _size(path: Path) -> int | None:

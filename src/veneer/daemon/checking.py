@@ -46,11 +46,13 @@ async def run_check(
     def dropped(finding: Finding) -> None:
         tell(finding)
         if finding.kind != "tree":
+            store.parts.forget(finding.number)
             sessions.dropped(finding.number)
 
     def condemned(finding: Finding) -> None:
         tell(finding)
         assert finding.store_path is not None
+        store.parts.forget(finding.number)
         sessions.condemned(finding.number, finding.store_path)
 
     steps = check(

@@ -20,12 +20,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.caches import Clock
+from tests.support.caches import Clock, until_learnt
+from tests.support.caches import row as row_of
 from tests.support.signed_cache import MadePath, SignedCache, make_path
 from veneer.cache.cache import Cache, Repaired, SyncBatch
 from veneer.cache.checking import check_alone
 from veneer.cache.directory import INDEX
+from veneer.cache.index import NarState
 from veneer.daemon.compose import build_view
+from veneer.store import access
 from veneer.store.account import Account
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import View, ViewConfig
@@ -33,7 +36,7 @@ from veneer.store.views import View, ViewConfig
 LONG = bool(os.environ.get("VENEER_LONG"))
 Told = Callable[[str], None]
 
-MADE = [make_path(f"power-{i}", 20_001 + 4096 * i) for i in range(4)]
+MADE = [*(make_path(f"power-{i}", 20_001 + 4096 * i) for i in range(3)), make_path("power-3", 1_400_001)]
 LIAR = 2
 """Of MADE: its listing has a name that its NAR has not."""
 
@@ -61,7 +64,9 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setattr(access, "FILE", 0)  # of a NAR in parts what is asked for: the same steps each time
+    monkeypatch.setattr(access, "rest_pays", lambda waited, missing, rate: False)
     made = SignedCache(tmp_path / "source", MADE)
     listing = made.directory / f"{MADE[LIAR].path.hash_part}.ls"
     listing.write_bytes(listing.read_bytes().replace(b"a-program", b"b-program"))
@@ -95,7 +100,7 @@ async def with_store(
 
 
 def work(root: Path, source: Source, fault: Told) -> None:
-    """What a daemon does in its days: trees, NARs, a listing that lies, sync, eviction, a pin, repair, an unfinished download."""
+    """What a daemon does in its days: trees, NARs, a listing that lies, sync, eviction, a pin, parts, an unfinished download."""
 
     async def day(store: Store, view: View) -> None:
         cache = store.cache
@@ -113,6 +118,13 @@ def work(root: Path, source: Source, fault: Told) -> None:
         cache.nars.drop(row.number)
         sync(cache.begin_sync())
         await fetched(store, view, MADE[3])
+        await until_learnt(cache, row.number)
+        store.evict(1)
+        for offset in (0, 900_000):
+            await store.content(view, row.number, offset, 1000, Account())
+            sync(cache.begin_sync())
+        assert row_of(cache, row.number).nar is NarState.SPARSE
+        await store.whole(view, MADE[3].path, Account())
         cache.nars.incoming(row.number).write(b"half")
         fault("work.unfinished")
 
