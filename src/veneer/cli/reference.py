@@ -91,7 +91,12 @@ def exit_codes_page() -> str:
         names = ", ".join(f"`{kind.__name__}`" for kind in sorted(kinds, key=lambda k: k.__name__))
         rows.append((str(code), names, _MEANINGS.get(code) or _first_line(first)))
     rows.insert(
-        2, ("1", "", "`veneer cache verify`: something was wrong in the cache; what it was is told and gone.")
+        2,
+        (
+            "1",
+            "",
+            "`veneer cache verify`: something was wrong in the cache; it is told, and dropped unless --dry-run.",
+        ),
     )
     rows.append(
         (
