@@ -53,11 +53,16 @@ class Bundles:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         """Hash part of a root's reference -> the bundle that is to have it."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._roots: set[str] = set()
+        """Whose bundles were fetched or are: what was of no use once is not asked for again."""
         self._kept: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._size = 0
 
     def begin(self, root: UnverifiedPathInfo, meter: Meter) -> None:
-        """Fetch the root's bundle in the background."""
+        """Fetch the root's bundle in the background, unless that was done before."""
+        if root.store_path.hash_part in self._roots:
+            return
+        self._roots.add(root.store_path.hash_part)
         task = asyncio.create_task(self._fetch(root, meter), name=f"bundle of {root.store_path}")
         self._tasks.add(task)
         references = [path.hash_part for path in root.references if path != root.store_path]

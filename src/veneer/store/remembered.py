@@ -84,7 +84,9 @@ class RememberedSource:
         if row is None:
             return None
         if row.body is not None:
-            return self._keep(hash_part, parse_narinfo(row.body, store_dir=self._store_dir))
+            info = parse_narinfo(row.body, store_dir=self._store_dir)
+            self._want_bundle(info, unmetered)  # who asked before may have been interrupted
+            return self._keep(hash_part, info)
         until = row.fetched_at + self._ttl
         return until - self._clock() if self._holds(until) else None
 
@@ -167,15 +169,17 @@ class RememberedSource:
         self._parsed.pop(hash_part, None)
         if info is None:
             return None
-        if bundle.is_announced(info) and self._is_news(info):
-            self._bundles.begin(info, meter)
+        self._want_bundle(info, meter)
         return self._keep(hash_part, info)
 
-    def _is_news(self, root: UnverifiedPathInfo) -> bool:
-        """Whether most of what it refers to would have to be asked for."""
+    def _want_bundle(self, root: UnverifiedPathInfo, meter: Meter) -> None:
+        """Fetch its bundle if there is one and most of what it refers to would have to be asked for."""
+        if not bundle.is_announced(root):
+            return
         parts = {path.hash_part for path in root.references if path != root.store_path}
         rows = self._index.narinfos(self.url, parts)
-        return 2 * sum(row.body is not None for row in rows.values()) < len(parts)
+        if 2 * sum(row.body is not None for row in rows.values()) < len(parts):
+            self._bundles.begin(root, meter)
 
     def _take(self, paths: list[BundledPath]) -> None:
         """Remember what a bundle says, where the source itself has not said it yet. CacheError."""

@@ -126,6 +126,23 @@ def test_what_the_bundle_told_outlasts_the_view(tmp_path: Path, place: Path) -> 
     over_http(tmp_path, place, body)
 
 
+def test_after_an_interrupted_start_the_next_one_fetches_the_bundle(tmp_path: Path, place: Path) -> None:
+    async def body(bench: Bench, view: View, server: FaultyServer) -> None:
+        server.fail(BUNDLE, Stall())
+        await bench.store.resolver.path_info(view, ROOT, bench.account)
+        await view.close()
+        server.heal()
+        later = view_of(bench, f"{server.url}?priority=50")  # of the same source, with no memory of its own
+        assert source_of(later).url == source_of(view).url
+        assert len(await bench.store.closure(later, [ROOT], bench.account)) == COUNT
+        assert server.count(f"*{NARINFO}") == 1
+        for _ in range(3):
+            await bench.store.closure(later, [ROOT], bench.account)
+        assert server.count(BUNDLE) <= 2
+
+    over_http(tmp_path, place, body)
+
+
 def test_many_who_ask_at_once_share_one_bundle(tmp_path: Path, place: Path) -> None:
     async def body(bench: Bench, view: View, server: FaultyServer) -> None:
         async with asyncio.TaskGroup() as group:
