@@ -321,21 +321,21 @@ def test_answers_that_nobody_takes_are_bounded_in_memory(shared: Shared) -> None
     shared.still_serves()
     before = shared.resident()
     with shared.busy("""
-made = [hello()[0] for _ in range(40)]
-question = frame(7, 2, json.dumps({"do": "closure", "paths": [name] * 500, "alone": True}).encode())
+made = [hello()[0] for _ in range(30)]
+question = frame(7, 2, json.dumps({"do": "closure", "paths": [name], "alone": True}).encode())
 sent = 0
 for each in made:
     each.setblocking(False)
     try:
-        while sent < 1 << 30:
+        for _ in range(5000):
             sent += each.send(question)
-    except OSError:
+    except BlockingIOError:
         pass
 say(sent=sent)
 """) as said:
-        assert said["sent"] > 1 << 20
+        assert said["sent"] > 30 * 4096
         shared.still_serves()
-        assert shared.resident() - before < 4 * HELD_OF_USER
+        assert shared.resident() - before < 2 * HELD_OF_USER
 
 
 def test_a_nix_client_of_another_user_may_read_and_never_write(shared: Shared) -> None:
@@ -346,7 +346,9 @@ from veneer.formats import worker_wire as wire
 def greeted():
     made = connect("nix.sock")
     made.sendall(wire.encode((wire.CLIENT_MAGIC, 0x125, 0, 0)))
-    read(made, 16)
+    head = read(made, 16)
+    if head[:8] != wire.encode((wire.SERVER_MAGIC,)):
+        raise EOFError(head + made.recv(1000))
     size, = struct.unpack("<Q", read(made, 8))
     read(made, size + -size % 8 + 16)
     return made
@@ -356,10 +358,7 @@ for number in [*range(1, 48)]:
         continue
     made = greeted()
     made.sendall(wire.encode((number, path, 1, 1)))
-    try:
-        read(made, 10**6)
-    except EOFError as error:
-        answers[number] = error.args[0].decode("latin-1")
+    answers[number] = made.recv(65536).decode("latin-1")
 made = greeted()
 made.sendall(wire.encode((1, path)))
 kept = []
@@ -375,7 +374,7 @@ say(answers=answers, valid=struct.unpack("<2Q", read(made, 16))[1], kept=len(kep
     for number, text in said["answers"].items():
         assert "can only be read" in text, number
     assert said["kept"] + 1 <= NIX_CONNECTIONS_OF_USER
-    assert "too many connections".startswith(said["refusal"][8:28]) or "too many" in said["refusal"]
+    assert said["refusal"].startswith("veneer: too many connections")
     with WorkerClient(shared.root.cache / "nix.sock") as nix:
         assert nix.ask(worker_wire.IS_VALID_PATH, shared.path) == [1]
 
