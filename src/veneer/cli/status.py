@@ -9,6 +9,7 @@ import click
 from veneer.cli.config import Flags
 from veneer.cli.options import json_option, settings_flags
 from veneer.cli.output import Output, format_seconds, format_size, table
+from veneer.model.errors import printable
 
 
 @click.command()
@@ -48,17 +49,19 @@ def render(document: dict[str, object]) -> str:
     for name, value in document.items():
         if isinstance(value, list):
             rows = [row if isinstance(row, dict) else {name: row} for row in value]
-            blocks.append(f"{name}: none" if not rows else f"{name}:\n{_indented(_rows(rows))}")
+            text = f":\n{_indented(_rows(rows))}" if rows else ": none"
         elif isinstance(value, dict):
-            blocks.append(f"{name}:\n{_indented(table([[k, _cell(k, v)] for k, v in value.items()]))}")
+            text = f":\n{_indented(table([[k, _cell(k, v)] for k, v in value.items()]))}"
         else:
-            blocks.append(f"{name}: {_cell(name, value)}")
+            text = f": {printable(_cell(name, value))}"
+        blocks.append(printable(name) + text)
     return "\n".join(blocks)
 
 
 def _rows(rows: list[dict[str, object]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value != []))
-    return table([[_cell(c, row.get(c, "")) for c in columns] for row in rows], columns)
+    header = list(map(printable, columns))
+    return table([[_cell(c, row.get(c, "")) for c in columns] for row in rows], header)
 
 
 def _cell(name: str, value: object) -> str:

@@ -25,3 +25,9 @@ def test_every_part_of_the_daemons_answer_is_shown() -> None:
     assert "downloads: none" in text
     assert "http://a, http://b" in text
     assert "down\\x1b[2J" in text
+
+
+def test_nothing_that_another_users_daemon_says_drives_the_terminal() -> None:
+    bad = "\x1b[2J\x07"
+    text = render({bad: bad, "cache": bad, "list": [{bad: bad}], "dict": {bad: bad}, "words": [bad]})
+    assert all(character == "\n" or character.isprintable() for character in text)
