@@ -310,9 +310,19 @@ def test_a_key_of_the_trusted_name_and_other_bytes_does_not_count(
     refused(as_root, info.store_path.absolute(), status=4)
 
 
-def test_a_cache_of_another_store_directory_is_refused(as_root: Caller, hostile: HostileCache) -> None:
+def test_a_cache_of_another_store_directory_is_not_used_beside_others(
+    as_root: Caller, hostile: HostileCache, tmp_path: Path, faulty_http: Serve
+) -> None:
     (hostile.directory / "nix-cache-info").write_bytes(b"StoreDir: /gnu/store\n")
-    assert "/gnu/store" in refused(as_root, hostile.infos["good"].store_path.absolute())
+    path = hostile.infos["good"].store_path.absolute()
+    doctor = as_root.veneer("doctor")
+    assert doctor.returncode != 0
+    assert "is of the store directory /gnu/store, not /nix/store" in doctor.stdout
+    empty = SignedCache(tmp_path / "empty", [])
+    as_root.use(*as_root.sources[1:2], faulty_http(empty.directory).url, key=hostile.key)
+    done = as_root.veneer("ls", path)
+    assert done.returncode == 5
+    assert "/gnu/store" in done.stderr
 
 
 @pytest.mark.parametrize(

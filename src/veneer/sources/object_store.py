@@ -83,9 +83,20 @@ class ObjectStoreSource:
                 name = "nix-cache-info"
                 data = await self._fetch(name, cache_info.MAX_SIZE, unmetered)
                 self._info = CacheInfo() if data is None else self._parse(name, data, parse_cache_info)
+            self._check_store_dir()
             return self._info
 
+    def _check_store_dir(self) -> None:
+        """SourceError when the cache has said that it is of another store directory: none of its paths is ours."""
+        if self._info is not None and self._info.store_dir != self._options.store_dir:
+            raise SourceError(
+                f"this cache is of the store directory {self._info.store_dir}, not {self._options.store_dir}",
+                where=self.url,
+                hint="remove it from the sources",
+            )
+
     async def path_info(self, hash_part: str, meter: Meter = unmetered) -> UnverifiedPathInfo | None:
+        self._check_store_dir()
         name = _checked(hash_part) + ".narinfo"
         data = await self._fetch(name, narinfo.MAX_SIZE, meter)
         if data is None:
