@@ -455,6 +455,30 @@ class TreeIndex:
             at = self.buffer[record] | self.buffer[record + 1] << 8 | self.buffer[record + 2] << 16
         return self.entry(at)
 
+    def file_at(self, offset: int) -> Entry | None:
+        """The regular file whose content begins at ``offset`` of the NAR. Searches the rows' bytes: 10 ms for 1,000,000."""
+        wanted = offset.to_bytes(8, "little")
+        end = HEADER_SIZE + ROW.size * self.count
+        at = self.buffer.find(wanted, HEADER_SIZE, end)
+        while at >= 0:
+            number, place = divmod(at - HEADER_SIZE, ROW.size)
+            if place == 8 and (entry := self.entry(number)).kind <= Kind.EXECUTABLE:
+                return entry
+            at = self.buffer.find(wanted, at + 1, end)
+        return None
+
+    def named(self, name: bytes) -> Iterator[Entry]:
+        """Every entry with this name, wherever it stands, in the order of their numbers. Searches the records' bytes."""
+        at = self.buffer.find(name, self._records_at, self._records_end)
+        while name and at >= 0:
+            record = at - NAME_AT  # or it is a part of another name
+            if record >= self._records_at and record & 7 == 0:
+                length = _U32.unpack_from(self.buffer, record + NAME_LENGTH_AT)[0]
+                number = int.from_bytes(self.buffer[record : record + 3], "little")
+                if length == len(name) and 0 < number < self.count and self.record(number) == record:
+                    yield self.entry(number)
+            at = self.buffer.find(name, at + 1, self._records_end)
+
     def path(self, number: int) -> bytes:
         """Where an entry stands below the root (``b"bin/bash"``; the root itself: b""). FormatError when it stands nowhere."""
         names = []

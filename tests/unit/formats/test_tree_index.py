@@ -92,6 +92,28 @@ def test_find_tells_kinds_offsets_and_absence() -> None:
     assert index.target(link.number) == b"bash"
 
 
+def test_files_are_found_by_where_they_begin() -> None:
+    index = TreeIndex(encoded(TREE))
+    for path, offset in ((b"bin/bash", 400), (b"readme\xff", 2000), (b"share/bash", 2100)):
+        assert index.file_at(offset) == index.find(path)
+    assert [index.file_at(offset) for offset in (0, 1, 401, 1000, 10_000)] == [None] * 5
+
+
+def test_names_are_found_wherever_they_stand() -> None:
+    index = TreeIndex(encoded(TREE))
+    assert [index.path(entry.number) for entry in index.named(b"bash")] == [b"bin/bash", b"share/bash"]
+    assert [entry.kind for entry in index.named(b"sh")] == [Kind.LINK]
+    for name in (b"", b"ash", b".", b"bas", b"bash\0", b"nobody"):
+        assert list(index.named(name)) == []
+
+
+def test_a_name_inside_of_longer_ones_is_not_taken_for_them() -> None:
+    names = sorted(b"x" * length + b"libz.so" + b"y" * more for length in range(200) for more in (0, 1, 9))
+    tree = Directory(tuple((name, RegularFile(1, False, 400)) for name in names))
+    index = TreeIndex(encoded(tree))
+    assert [entry.name for entry in index.named(b"libz.so")] == [b"libz.so"]
+
+
 @pytest.mark.parametrize("root", [RegularFile(5, True, 100), Symlink(b"/nix/store/x")])
 def test_store_path_may_be_a_file_or_a_link(root: Node) -> None:
     index = TreeIndex(encoded(root))
@@ -231,6 +253,7 @@ def test_damage_gives_no_error_but_format_error() -> None:
                 lambda i=index: [i.lookup(p, n) for p in range(8) for n in (b"bin", b"bash", b"zz")],
                 lambda i=index: [bytes(i.run(e, 0, 4096)) for e in range(8)],
                 lambda i=index: [i.find(b"bin/bash"), i.find(b"share/bash"), i.find(b"readme\xff")],
+                lambda i=index: [*map(i.file_at, (400, 2000, 9)), *i.named(b"bash"), *i.named(b"b")],
             ):
                 try:
                     question()
