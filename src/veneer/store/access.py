@@ -6,7 +6,7 @@ grep -r do: it listed paths from their roots and read them from end to end, whic
 that, nothing is fetched that nobody read.
 
 Within one NAR that can be had in parts it is the same question. Below ``SMALL`` it is fetched whole, and so is a file below
-``FILE``; a reader that goes on where it was before gets a growing window ahead of it; what is half here is completed; and the rest
+``FILE``; a reader that goes on where it was before gets a growing window ahead of it; what is mostly here is completed; and the rest
 of a file or a NAR is fetched when its readers have waited for parts of it as long as that takes: whatever they do next, they
 wait at most twice as long as was needed. No part is fetched twice, so all that this can cost above reading everything is its
 requests. Pure: figures in, decision out.
@@ -32,8 +32,8 @@ SMALL = 512 << 10
 """Bytes of a NAR's file that are fetched at once: a fast link moves as much in the time that another question takes."""
 FILE = 4 << 20
 """Bytes of a file that are fetched when any of it is read: programs and libraries are read all over."""
-COMPLETE = 0.5
-"""Of a NAR's bytes: when they are here, the rest is fetched. It costs at most as much again."""
+COMPLETE = 0.75
+"""Of a NAR's bytes: when they are here, the rest is fetched once nobody wants anything else: whole files are read faster."""
 FIRST_WINDOW, LAST_WINDOW = 512 << 10, 8 << 20
 """Bytes ahead of a reader that goes on: doubled each time it does."""
 NEAR = 256 << 10

@@ -118,15 +118,15 @@ def test_small_nars_are_fetched_whole(tmp_path: Path, cache: PublishedCache) -> 
     run(tmp_path, body)
 
 
-def test_parts_become_whole_once_half_is_here_and_nothing_is_fetched_twice(
+def test_parts_become_whole_once_most_is_here_and_nothing_is_fetched_twice(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def body(bench: Bench) -> None:
         view = bench.view(cache.url, keys=(cache.key,))
         row = await looked_up(bench, view, big)
         before = bench.account.wire_bytes
-        for offset in range(0, len(big.nar) - 70_000, 2 * FRAME):
-            await read(bench, view, row, offset, 70_000)
+        for offset in range(0, len(big.nar) - 120_000, 3 * FRAME):
+            await read(bench, view, row, offset, 2 * FRAME)
         await settled(bench)
         assert state(bench, row) is NarState.WHOLE
         assert bench.nar(row.number) == big.nar
