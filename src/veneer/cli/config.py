@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from veneer.cli.limits import parse_limits
 from veneer.cli.output import parse_size
 from veneer.model.errors import UsageError, printable
 
@@ -57,6 +58,7 @@ KEYS = (
     Key("netrc-file", "string", (str,), "nix.conf", "Credentials for HTTP sources."),
     Key("ssl-cert-file", "string", (str,), "nix.conf", "CA certificates; NIX_SSL_CERT_FILE goes first."),
     Key("negative-ttl", "number", (int, float), "10", "Seconds for which `no source has it` is believed."),
+    Key("limits", "table", (dict,), "", "What bounds daemons and mounts that are started now; below."),
     Key("source", "array of tables", (list,), "nix.conf", "The sources, in order of preference."),
 )
 SOURCE_KEYS = (
@@ -71,6 +73,20 @@ SOURCE_KEYS = (
     Key("trusted", "boolean", (bool,), "false", "Believe this source without signatures."),
     Key(
         "verify", "string", (str,), "strict", "`strict`, or `deferred` to serve bytes while they are checked."
+    ),
+    Key(
+        "bytes-per-second",
+        "string or integer",
+        (str, int),
+        "no limit",
+        "Not faster than this, such as `2M`; at least 16K. Not for local.",
+    ),
+    Key(
+        "requests-per-second",
+        "number",
+        (int, float),
+        "no limit",
+        "Not more questions than this. Not for local.",
     ),
 )
 
@@ -96,6 +112,8 @@ class Settings:
     ca_file: str | None = None
     negative_ttl: float = 10.0
     max_bytes: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Of the ``[limits]`` table, those that were given, by name; for a daemon or a mount that is started now."""
     borrowed: bool = False
     """The cache directory is another user's, and nobody named sources or keys: its daemon's own view is used."""
 
@@ -168,6 +186,7 @@ def load_settings(flags: Flags, environ: Mapping[str, str] | None = None, uid: i
         or environ.get("SSL_CERT_FILE"),
         negative_ttl=float(ttl) if isinstance(ttl, int | float) else 10.0,
         max_bytes=parse_size(str(limit)) if limit is not None else None,
+        limits=parse_limits(document.get("limits", {}), "limits"),
         borrowed=not flags.caches and not flags.keys and _is_of_another(cache_dir, uid),
     )
 
@@ -211,6 +230,7 @@ def parse_file(data: bytes, where: str) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"not TOML: {error}", where=where) from error
     _check(document, KEYS, where)
+    parse_limits(document.get("limits", {}), f"{where}, limits")
     for row in document.get("source", []):
         if not isinstance(row, dict):
             raise UsageError(
@@ -303,7 +323,10 @@ def is_binary_cache(text: str) -> bool:
 def _configured_source(row: object, verify_flag: str | None) -> SourceSetting:
     assert isinstance(row, dict)
     url = source_url(row["url"])
-    for name, value in (("priority", row.get("priority")), ("trusted", row.get("trusted"))):
+    values = {name: row.get(name) for name in ("priority", "trusted", "requests-per-second")}
+    if (rate := row.get("bytes-per-second")) is not None:
+        values["bytes-per-second"] = parse_size(str(rate))
+    for name, value in values.items():
         if value is not None:
             url += f"{'&' if '?' in url else '?'}{name}={str(value).lower()}"
     return SourceSetting(url, "deferred" if (verify_flag or row.get("verify")) == "deferred" else "strict")

@@ -37,9 +37,11 @@ def daemon(output: Output, flags: Flags, shared: bool, user: str | None, group: 
       veneer daemon --cache-dir /var/cache/veneer --max-size 100G --shared
     """
     from veneer.cli.config import load_settings
+    from veneer.cli.limits import store_limits
     from veneer.cli.private_daemon import make_cache_dir
     from veneer.daemon.privileges import become, renounce
     from veneer.daemon.run import DaemonSettings, run_daemon
+    from veneer.daemon.worker import ANSWER_SECONDS
     from veneer.store.views import ViewConfig
 
     settings = load_settings(flags)
@@ -61,6 +63,8 @@ def daemon(output: Output, flags: Flags, shared: bool, user: str | None, group: 
             settings.max_bytes,
             shared=shared,
             default_view=ViewConfig.from_json(settings.view()),
+            limits=store_limits(settings.limits),
+            answer_seconds=settings.limits.get("answer-seconds", ANSWER_SECONDS),
             ready=ready,
             control_group=control_group,
         )

@@ -114,6 +114,7 @@ class _Means:
     succession: Succession
     program: Program
     listening: Listening | None
+    max_parked: int | None = None
 
 
 def _serve(means: _Means, daemon: Companion, output: Output) -> int:
@@ -238,9 +239,12 @@ def _means(fuse: int, target: Path, settings: Settings) -> Iterator[_Means]:
     os.write(brought, json.dumps(settings.view()).encode())
     owner, ours = os.pipe2(os.O_CLOEXEC)
     succession = Succession(fuse)
+    max_parked = settings.limits.get("parked-requests")
     listening = running.listen(settings.environments_dir)
     try:
-        yield _Means(fuse, target, cache, cache_dir, brought, owner, succession, this_program(), listening)
+        yield _Means(
+            fuse, target, cache, cache_dir, brought, owner, succession, this_program(), listening, max_parked
+        )
     finally:
         for fd in (fuse, cache, brought, owner, ours):
             os.close(fd)
@@ -275,6 +279,8 @@ def _start(
         "--view-file": f"/proc/self/fd/{means.view}",
     }
     options |= {"--owner-fd": means.owner, "--mounted-on": means.target, "--session-fd": told}
+    if means.max_parked is not None:
+        options["--max-parked"] = means.max_parked
     passed = [means.fuse, means.cache, means.view, means.owner, told]
     if session is not None:
         options["--session"] = json.dumps(session.to_json())

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from veneer.cli.client import ANSWER_SECONDS, LOG_NAME, Client, connect
 from veneer.cli.config import Settings
+from veneer.cli.limits import daemon_flags
 from veneer.cli.output import Output
 from veneer.daemon.listening import DEFAULT_NAME, DIRECTORY, connected, listen
 from veneer.model.errors import CacheError, DaemonError, MachineError, VeneerError
@@ -250,6 +251,7 @@ def daemon_command(settings: Settings, *, client_fd: int, program: Program | Non
         "--cache",
         str(settings.cache_dir),
         *limit,
+        *daemon_flags(settings.limits),
         "--exit-when-idle",
         "--client-fd",
         str(client_fd),

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from veneer.cli.config import KEYS, SOURCE_KEYS, Key
+from veneer.cli.limits import LIMITS
 from veneer.cli.main import COMMANDS, RUN_FAILURE, group
 from veneer.doctor.checks import page
 from veneer.model import errors
@@ -139,9 +140,36 @@ def configuration_page() -> str:
         '```toml\nmax-size = "50G"\ntrusted-public-keys = ["cache.example.org-1:…"]\n\n[[source]]\n'
         'url = "https://cache.example.org"\npriority = 30\n\n[[source]]\nurl = "/srv/cache"\ntrusted = true\n```\n'
     )
-    return "\n".join(
-        (_GENERATED, "# Configuration\n", intro, example, _keys(KEYS), "## [[source]]\n", _keys(SOURCE_KEYS))
+    parts = (
+        intro,
+        example,
+        _keys(KEYS),
+        "## [[source]]\n",
+        _keys(SOURCE_KEYS),
+        "## [limits]\n",
+        _LIMITS_TEXT,
     )
+    return "\n".join((_GENERATED, "# Configuration\n", *parts, _limits()))
+
+
+_LIMITS_TEXT = (
+    "For daemons and mounts that are started now. Disk use is bounded by `max-size`, the rate of a source by its own keys,\n"
+    "how long a read may wait by `--patience`. [What happens at each limit](../concepts/limits.md#limits-that-can-be-set).\n"
+)
+
+
+def _limits() -> str:
+    rows = [
+        (
+            f"`{limit.name}`",
+            "size" if limit.is_size else "integer",
+            limit.default,
+            f"{limit.least:,}",
+            limit.purpose,
+        )
+        for limit in LIMITS
+    ]
+    return _table(("key", "type", "default", "least", "meaning"), rows)
 
 
 def _keys(keys: tuple[Key, ...]) -> str:

@@ -117,6 +117,7 @@ def run(
                 view=settings.view(session),
                 environments_root=settings.environments_dir,
                 miss_seconds=patience,
+                max_parked=settings.limits.get("parked-requests"),
                 environ=os.environ,
                 cwd=str(Path.cwd()),
                 name=name,

@@ -182,6 +182,7 @@ def _hold(held: _Held, channel: Channel, output: Output) -> None:
                     view=settings.view(session),
                     environments_root=settings.environments_dir,
                     miss_seconds=held.patience,
+                    max_parked=settings.limits.get("parked-requests"),
                     environ=os.environ,
                     cwd="/",
                     name=name,

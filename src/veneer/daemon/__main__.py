@@ -40,6 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--parallel-requests", type=int, default=defaults.parallel_requests)
     parser.add_argument("--parallel-downloads", type=int, default=defaults.parallel_downloads)
+    parser.add_argument("--memory", type=int, default=defaults.memory, help="bytes that downloads may hold")
     parser.add_argument("--no-prefetch", action="store_true", help="ask only for what is looked up")
     parser.add_argument(
         "--answer-seconds", type=float, default=ANSWER_SECONDS, help="Nix gets an error after this"
@@ -59,7 +60,9 @@ def main() -> int:
                 view = ViewConfig.from_json(json.loads(args.view.read_bytes()))
             except (OSError, ValueError) as error:
                 raise UsageError(f"cannot read the view: {error}", where=str(args.view)) from error
-        limits = Limits(args.parallel_requests, args.parallel_downloads, prefetch=not args.no_prefetch)
+        limits = Limits(
+            args.parallel_requests, args.parallel_downloads, prefetch=not args.no_prefetch, memory=args.memory
+        )
         run_daemon(
             DaemonSettings(
                 args.cache,

@@ -18,6 +18,7 @@ from veneer.cache.index import UnavailableIndexError
 from veneer.formats.request_wire import SOCKET_NAME
 from veneer.formats.tree_index import nar_file
 from veneer.model.errors import CacheError, CacheFullError
+from veneer.sources.pace import Paces
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
@@ -97,9 +98,15 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
+    paces = Paces()
     sessions = Sessions(
         lambda config: build_view(
-            config, cache, time.time, lambda about, error: store.stories.add(about, error)
+            config,
+            cache,
+            time.time,
+            lambda about, error: store.stories.add(about, error),
+            paces=paces,
+            parallel_requests=settings.limits.parallel_requests,
         ),
         lambda: store.owners,
     )

@@ -58,19 +58,26 @@ class Duty:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What is served. ``view``, ``miss_seconds``, ``notes``: as in RunSpec. ``host_store``: the host's own store when it lies beneath ours, without links."""
+    """What is served. ``view``, ``miss_seconds``, ``notes``, ``max_parked``: as in RunSpec. ``host_store``: the host's own store when it lies beneath ours, without links."""
 
     view: dict[str, Any] | None
     miss_seconds: float
     host_store: str | None
     notes: str | None = None
+    max_parked: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Content:
-        return cls(fields["view"], fields["miss_seconds"], fields["host_store"], fields.get("notes"))
+        return cls(
+            fields["view"],
+            fields["miss_seconds"],
+            fields["host_store"],
+            fields.get("notes"),
+            fields.get("max_parked"),
+        )
 
 
 Serve = Callable[[Duty], Report]
@@ -91,6 +98,7 @@ def mount_server(content: Content) -> LoadServer:
     """The real one."""
 
     def load() -> Serve:
+        from veneer.mount.misses import MAX_PARKED
         from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
 
         def serve(duty: Duty) -> Report:
@@ -103,6 +111,7 @@ def mount_server(content: Content) -> LoadServer:
                 duty.cache_fd,
                 content.view,
                 miss_seconds=content.miss_seconds,
+                max_parked=content.max_parked or MAX_PARKED,
                 events=tell_init,
                 session=duty.session,
                 agreed=functools.partial(succession.tell, duty.session_fd),

@@ -38,7 +38,8 @@ class RunSpec:
     ``command``: program and arguments, as for execvp; of a named environment it may be empty: then the environment just stays. ``cache_root``: the cache directory, with a daemon listening in it.
     ``view``: what the mount server brings in HELLO (None: the daemon's default). ``store_dir``: where the merged store
     appears. ``name``: of the writable layer that is kept; None for one that vanishes. ``environments_root``: the directory
-    of writable layers. ``miss_seconds``: how long a read may wait for the daemon. ``map_root``: the command sees itself as
+    of writable layers. ``miss_seconds``: how long a read may wait for the daemon.
+    ``max_parked``: how many requests may (None: as many as a mount server has by itself). ``map_root``: the command sees itself as
     root when a user namespace is needed. ``environ``, ``cwd``: the command's own. ``nix``: None to leave Nix alone.
     ``notes``: a file to which the mount servers append what is touched (``formats.touches``); None: they do not note it.
     """
@@ -55,6 +56,7 @@ class RunSpec:
     map_root: bool = False
     nix: NixSpec | None = None
     notes: Path | None = None
+    max_parked: int | None = None
 
     def __post_init__(self) -> None:
         if not self.command and self.name is None:

@@ -172,7 +172,11 @@ def _start(
             described=described,
         )
         content = serving.Content(
-            spec.view, spec.miss_seconds, facts.store, None if spec.notes is None else str(spec.notes)
+            spec.view,
+            spec.miss_seconds,
+            facts.store,
+            None if spec.notes is None else str(spec.notes),
+            spec.max_parked,
         )
         about = running.describe(
             "environment", cache_root=spec.cache_root, name=spec.name, command=" ".join(spec.command)

@@ -5,6 +5,7 @@
     --view-file F    JSON of the view; without it, the daemon's default
     --report-fd N    where the report goes, as one line of JSON, at the end
     --miss-seconds S how long a read waits for the daemon at most
+    --max-parked N   how many requests may wait for it
     --session-fd N   a pipe for the session, as one line of JSON, before the first request is answered
     --session JSON   what a predecessor wrote there: go on with the mount that it left
     --owner-fd N     a pipe that ends with whoever mounted; then
@@ -33,7 +34,7 @@ from collections.abc import Callable
 from veneer.model.errors import UsageError, VeneerError
 
 from . import device
-from .misses import MISS_SECONDS
+from .misses import MAX_PARKED, MISS_SECONDS
 from .server import MountServer
 from .session import Session
 
@@ -43,6 +44,7 @@ _OPTIONS = (
     "--view-file",
     "--report-fd",
     "--miss-seconds",
+    "--max-parked",
     "--owner-fd",
     "--session-fd",
     "--session",
@@ -72,6 +74,7 @@ def main(arguments: list[str]) -> int:
             view,
             threads=int(options.get("--threads", "2")),
             miss_seconds=float(options.get("--miss-seconds", MISS_SECONDS)),
+            max_parked=int(options.get("--max-parked", MAX_PARKED)),
             session=session,
             agreed=agreed,
         )

@@ -91,7 +91,7 @@ class Misses:
 
     def __init__(
         self, cache_dirfd: int, view: dict[str, object] | None, trees: Trees, contents: Contents, stories: Stories,
-        tally: Tally, *, seconds: float = MISS_SECONDS,
+        tally: Tally, *, seconds: float = MISS_SECONDS, max_parked: int = MAX_PARKED,
     ) -> None:  # fmt: skip
         self._address = f"/proc/self/fd/{cache_dirfd}/{request_wire.SOCKET_NAME}"
         self._view = view
@@ -100,6 +100,7 @@ class Misses:
         self._stories = stories
         self._tally = tally
         self._seconds = seconds
+        self._max_parked = max_parked
         self.answer: Callable[[Parked, int], None] = _nobody
         self.quarantined: Callable[[int, bytes, TreeIndex | None], None] = _nobody
         self.renewed: Callable[[list[bytes]], None] = _nobody
@@ -128,8 +129,8 @@ class Misses:
             unique = parked.unique & ~RESENT
             if unique in self._interrupted:
                 return False
-            if max(len(self._parked), len(self._asks)) >= MAX_PARKED:
-                raise DaemonError(f"{MAX_PARKED} requests wait for the store daemon already")
+            if max(len(self._parked), len(self._asks)) >= self._max_parked:
+                raise DaemonError(f"{self._max_parked} requests wait for the store daemon already")
             if (older := self._parked.get(unique)) is not None:
                 self._unpark(older)  # the kernel sent it again
             parked.key = (kind, key, what[1] // BLOCK if isinstance(what, tuple) else 0)

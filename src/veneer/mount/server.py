@@ -17,7 +17,7 @@ from veneer.model.errors import VeneerError
 
 from .content import Contents
 from .dispatch import Reply, Shared, Worker
-from .misses import MISS_SECONDS, Misses, Parked
+from .misses import MAX_PARKED, MISS_SECONDS, Misses, Parked
 from .recording import Recording
 from .session import Session
 from .stories import Events, Stories, Story, no_events
@@ -62,6 +62,7 @@ class MountServer:
         since: float | None = None,
         host_store: int | None = None,
         recording: Recording | None = None,
+        max_parked: int = MAX_PARKED,
     ) -> None:
         self._fd = fuse_fd
         self._threads = threads
@@ -70,7 +71,14 @@ class MountServer:
         self._trees = Trees(cache_dirfd)
         self._contents = Contents(cache_dirfd)
         self._misses = Misses(
-            cache_dirfd, view, self._trees, self._contents, self._stories, self._tally, seconds=miss_seconds
+            cache_dirfd,
+            view,
+            self._trees,
+            self._contents,
+            self._stories,
+            self._tally,
+            seconds=miss_seconds,
+            max_parked=max_parked,
         )
         self._shared = Shared(
             cache_dirfd,

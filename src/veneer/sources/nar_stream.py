@@ -18,6 +18,7 @@ from veneer.model.path_info import UnverifiedPathInfo
 
 from .base import Meter
 from .bodies import paced
+from .pace import Pace
 from .retry import Retry
 from .transport import CHUNK, Body, Fault, TransferError, Transport
 
@@ -33,6 +34,7 @@ class NarStream:
         where: str,
         retry: Retry,
         meter: Meter,
+        pace: Pace,
     ) -> None:
         self._transport = transport
         self._info = info
@@ -40,6 +42,7 @@ class NarStream:
         self._where = where
         self._retry = retry
         self._meter = meter
+        self._pace = pace
         self._size = expected_size(info)
         self._version = ""
         self._ranges = True
@@ -49,6 +52,7 @@ class NarStream:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The file's bytes. TransferError when no try is left, SourceError for a wrong size."""
         while True:
+            await self._pace.request()
             try:
                 body = await self._open()
                 try:
@@ -95,7 +99,8 @@ class NarStream:
         """What of the body was not given out yet."""
         skip = 0 if self._ranges else self._sent
         most = most_bytes(self._info) if self._size is None else self._size
-        async with aclosing(paced(body, CHUNK >> (2 * min(self.tried, 3)), self._retry.options)) as chunks:
+        size = CHUNK >> (2 * min(self.tried, 3))
+        async with aclosing(paced(body, size, self._retry.options, self._pace)) as chunks:
             async for chunk in chunks:
                 self._meter(len(chunk))
                 if skip:

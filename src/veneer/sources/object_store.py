@@ -33,6 +33,7 @@ from .directory import DirectoryObjects
 from .http_place import HttpPlace
 from .nar_stream import NarStream, expected_size
 from .options import SourceConfig, SourceOptions, without_secrets
+from .pace import Pace
 from .plain_http import PlainHttp
 from .retry import Retry
 from .stored_objects import bucket_objects, http_objects
@@ -54,6 +55,7 @@ class ObjectStoreSource:
         config: SourceConfig,
         options: SourceOptions | None = None,
         *,
+        pace: Pace | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         vary: Callable[[], float] = random.random,
     ) -> None:
@@ -61,6 +63,7 @@ class ObjectStoreSource:
         self._config = config
         self._options = options = options or SourceOptions()
         self._retry = Retry(options, sleep, vary)
+        self._pace = pace or Pace(config.bytes_per_second, config.requests_per_second)
         self._workers = Workers(options.in_flight, "source")
         self._transport = _open_transport(config, options, self._workers)
         self._info: CacheInfo | None = None
@@ -121,7 +124,7 @@ class ObjectStoreSource:
 
     async def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         name = self._nar_name(info)
-        stream = NarStream(self._transport, info, name, self._where(name), self._retry, meter)
+        stream = NarStream(self._transport, info, name, self._where(name), self._retry, meter, self._pace)
         try:
             async with aclosing(stream.chunks()) as chunks:
                 async for chunk in chunks:
@@ -156,6 +159,7 @@ class ObjectStoreSource:
         tried = 0
         while True:
             tried += 1
+            await self._pace.request()
             try:
                 return await once(*args)
             except TransferError as error:
@@ -171,6 +175,7 @@ class ObjectStoreSource:
         except SourceMissingError:
             return None
         meter(len(data))
+        self._pace.spent(len(data))
         if _TEXT.match(data):
             return data
         try:
@@ -184,7 +189,7 @@ class ObjectStoreSource:
         try:
             if body.size is not None and body.size > limit:
                 raise too_long(body.size, limit)
-            return await collected(body, limit, meter, self._options)
+            return await collected(body, limit, meter, self._options, self._pace)
         finally:
             await body.close()
 
@@ -199,7 +204,7 @@ class ObjectStoreSource:
         try:
             if body.size not in (None, whole):
                 raise TransferError(Fault.FATAL, f"wrong size: {body.size} bytes, expected {whole}")
-            part = await collected(body, size, meter, self._options)
+            part = await collected(body, size, meter, self._options, self._pace)
         finally:
             await body.close()
         if len(part) < size:

@@ -14,6 +14,7 @@ Everything is percent-decoded once. Known keys:
 | priority | lower is asked first; replaces what the cache says about itself |
 | trusted | true: believed without signatures |
 | want-mass-query | kept, not used |
+| bytes-per-second, requests-per-second | not faster than this; not for local |
 | region, endpoint, scheme, profile | s3 only, as in Nix |
 | root, real, state, store | local only, as in Nix: the root below which /nix is; the files; Nix's state; the store directory of the paths |
 
@@ -34,6 +35,7 @@ from veneer.model.store_path import DEFAULT_STORE_DIR
 SCHEMES = ("http", "https", "file", "s3", "gs", "az")
 LOCAL_KEYS = ("root", "real", "state", "store")
 KEYS = ("priority", "trusted", "want-mass-query")
+RATE_KEYS = ("bytes-per-second", "requests-per-second")
 S3_KEYS = ("region", "endpoint", "scheme", "profile")
 IGNORED_KEYS = frozenset(
     (
@@ -56,6 +58,9 @@ IGNORED_KEYS = frozenset(
 """Of Nix's binary cache and local stores (2.8 to 2.34): nothing that is read depends on them."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+_RATE = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,6})?")
+LEAST_BYTES_PER_SECOND = 16 << 10
+"""Slower than this a reader would give up before the next piece of content has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,8 @@ class SourceConfig:
     """local: the store directory that the URL says the paths are of; "" when it does not say."""
     own_store: bool = False
     """local: this machine's own store, and the URL does not say whether it is trusted."""
+    bytes_per_second: int | None = None
+    requests_per_second: float | None = None
     unknown: tuple[str, ...] = ()
     """Keys that have no effect and that Nix does not know either."""
 
@@ -153,6 +160,8 @@ def parse_source_url(text: str) -> SourceConfig:
         user=None if parts.username is None else unquote(parts.username),
         password=unquote(parts.password or ""),
         s3=s3,
+        bytes_per_second=_bytes_per_second(known.get("bytes-per-second"), text),
+        requests_per_second=_rate("requests-per-second", known.get("requests-per-second"), text),
         unknown=unknown,
     )
 
@@ -196,9 +205,10 @@ def _keys(
     known: dict[str, str] = {}
     own: dict[str, str] = {}
     unknown: list[str] = []
-    mine = KEYS + {"s3": S3_KEYS, "local": LOCAL_KEYS}.get(scheme, ())
+    general = KEYS if scheme == "local" else KEYS + RATE_KEYS
+    mine = general + {"s3": S3_KEYS, "local": LOCAL_KEYS}.get(scheme, ())
     for key, value in parse_qsl(query, keep_blank_values=True):
-        if key in KEYS:
+        if key in general:
             known[key] = value
         elif key in mine:
             own[key] = value
@@ -255,6 +265,21 @@ def _integer(text: str | None, url: str) -> int | None:
     if _INTEGER.fullmatch(text) is None:
         raise _usage(f"priority is not a number: {text[:100]!r}", url)
     return int(text)
+
+
+def _bytes_per_second(text: str | None, url: str) -> int | None:
+    rate = _rate("bytes-per-second", text, url)
+    if rate is not None and rate < LEAST_BYTES_PER_SECOND:
+        raise _usage(f"bytes-per-second below {LEAST_BYTES_PER_SECOND}: {text}", url)
+    return None if rate is None else int(rate)
+
+
+def _rate(key: str, text: str | None, url: str) -> float | None:
+    if text is None:
+        return None
+    if _RATE.fullmatch(text) is None or not float(text):
+        raise _usage(f"{key} is not a positive number: {text[:100]!r}", url)
+    return float(text)
 
 
 def _boolean(key: str, text: str | None, url: str) -> bool | None:

@@ -22,6 +22,7 @@ from veneer.sources.frames import decode_frame
 
 from . import access
 from .account import Account
+from .in_flight import InFlight
 from .verify import check_chunk
 from .views import View
 
@@ -110,11 +111,13 @@ class ChunkFetcher:
         make_room: Callable[[int], bool],
         *,
         parallel: int,
+        in_flight: InFlight,
     ) -> None:
         self._cache = cache
         self._maps = maps
         self._open = open_parts
         self._make_room = make_room
+        self._memory = in_flight
         self._wanted = asyncio.Semaphore(2 * parallel)
         self._unasked = asyncio.Semaphore(BACKGROUND)
         self._demands = 0
@@ -219,7 +222,7 @@ class ChunkFetcher:
                     async with self._wanted:
                         request.begun = True
                         for group in _runs(left):
-                            await self._fetch(source, part, group, account)
+                            await self._fetch(source, part, group, account, urgent=True)
                 finally:
                     self._demands -= 1
                     if not self._demands:
@@ -230,7 +233,7 @@ class ChunkFetcher:
                 request.begun = True
                 mine = [at for at in ordinals if part.fetching.get(at) is request]
                 for group in _runs(await self._without_copies(part, mine)):
-                    await self._fetch(source, part, group, account)
+                    await self._fetch(source, part, group, account, urgent=False)
         finally:
             for at in ordinals:
                 if part.fetching.get(at) is request:
@@ -244,7 +247,16 @@ class ChunkFetcher:
         except TimeoutError:
             return
 
-    async def _fetch(self, source: Source, part: Part, ordinals: list[int], account: Account) -> None:
+    async def _fetch(
+        self, source: Source, part: Part, ordinals: list[int], account: Account, *, urgent: bool
+    ) -> None:
+        chunks = [part.nar.chunks[at] for at in ordinals]
+        # All of them as they come, one as it is decoded.
+        size = sum(chunk.compressed_size for chunk in chunks) + max(chunk.size for chunk in chunks)
+        async with self._memory.hold(size, urgent=urgent):
+            await self._fetch_now(source, part, ordinals, account)
+
+    async def _fetch_now(self, source: Source, part: Part, ordinals: list[int], account: Account) -> None:
         first, last = part.nar.chunks[ordinals[0]], part.nar.chunks[ordinals[-1]]
         start = first.compressed_offset
         size = last.compressed_offset + last.compressed_size - start

@@ -47,6 +47,7 @@ from . import access
 from .account import Account, Stories
 from .chunk_fetch import ChunkFetcher, Part
 from .chunk_finder import MAX_CHUNKS, ChunkFinder
+from .in_flight import InFlight
 from .resolve import AbsentError, Candidate, Resolver
 from .verify import SignatureMemory, check_sparse
 from .views import View
@@ -82,8 +83,9 @@ class Parts:
         spoilt: Callable[[PathRow, str, VeneerError], None],
         make_room: Callable[[int], bool],
         parallel: int,
+        in_flight: int,
     ) -> None:
-        """``spoilt``: told of a NAR of which wrong bytes may have been read, and the source that they came from."""
+        """``in_flight``: bytes that requests may hold in memory. ``spoilt``: told of a NAR of which wrong bytes may have been read, and the source that they came from."""
         self._cache = cache
         self._maps = ChunkMaps(cache.index)
         self._stories = stories
@@ -97,7 +99,9 @@ class Parts:
         self._refused: OrderedDict[tuple[int, str], float] = OrderedDict()
         """(path number, source URL) of which no parts are asked for until then."""
         self._finder = ChunkFinder(memory)
-        self._fetch = ChunkFetcher(cache, self._maps, self._open, make_room, parallel=parallel)
+        self._fetch = ChunkFetcher(
+            cache, self._maps, self._open, make_room, parallel=parallel, in_flight=InFlight(in_flight)
+        )
 
     @property
     def busy(self) -> set[int]:

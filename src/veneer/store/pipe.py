@@ -12,11 +12,13 @@ from collections import deque
 
 from veneer.model.errors import SourceError
 
+PIPE_BYTES = 2 << 20
+
 
 class ChunkPipe:
     """One producer coroutine (``put``, ``end``, ``fail``) and one reader thread (``read``, ``abandon``)."""
 
-    def __init__(self, limit: int = 2 << 20) -> None:
+    def __init__(self, limit: int = PIPE_BYTES) -> None:
         self._loop = asyncio.get_running_loop()
         self._room = asyncio.Event()
         self._room.set()

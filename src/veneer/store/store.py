@@ -21,18 +21,23 @@ from veneer.model.errors import HashMismatchError, NotFoundError, SourceError, V
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
+from veneer.sources.transport import CHUNK
 
 from .account import Account, Stories
 from .ahead import Ahead
 from .closure import PARALLEL_REQUESTS, resolve_closure
 from .fetch import Candidates, Download, Fetcher, Ready
+from .libraries import Libraries
 from .parts import Parts
+from .pipe import PIPE_BYTES
 from .resolve import AbsentError, Candidate, Resolver
 from .trees import PublishedTrees
 from .views import View
 
 T = TypeVar("T")
 
+STREAM_BYTES = PIPE_BYTES + 2 * CHUNK
+"""Memory of one: what is in its pipe, a chunk that comes and one that is decoded."""
 READERS_PLACES = 2
 """Of ``Limits.parallel_downloads``, those that nothing but readers takes."""
 
@@ -44,6 +49,13 @@ class Limits:
     parallel_requests: int = PARALLEL_REQUESTS
     parallel_downloads: int = 8
     prefetch: bool = True
+    memory: int = 128 << 20
+    """Bytes that downloads may hold, encoded and decoded, without the tables of decompressors. Half of it is for whole NARs."""
+
+    @property
+    def whole_downloads(self) -> int:
+        """NARs streamed at once."""
+        return max(1, min(self.parallel_downloads, self.memory // 2 // STREAM_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,7 @@ class Store:
             self._condemn,
             self.make_room,
             self._verified,
-            parallel=limits.parallel_downloads,
+            parallel=limits.whole_downloads,
         )
         self.parts = Parts(
             cache,
@@ -97,14 +109,16 @@ class Store:
             spoilt=self._spoilt,
             make_room=self.make_room,
             parallel=limits.parallel_downloads,
+            in_flight=limits.memory - limits.whole_downloads * STREAM_BYTES,
         )
         self._learning: set[asyncio.Task[None]] = set()
         self._ahead = Ahead(self, self.stories)
-        self._places = asyncio.Semaphore(max(1, limits.parallel_downloads - READERS_PLACES))
+        self._libraries = Libraries(self, self.resolver, cache, self.stories)
+        self._places = asyncio.Semaphore(max(1, limits.whole_downloads - READERS_PLACES))
 
     async def close(self) -> None:
         """End everything under way."""
-        ahead = [*self._ahead.tasks, *self._learning]
+        ahead = [*self._ahead.tasks, *self._libraries.tasks, *self._learning]
         for task in ahead:
             task.cancel()
         await asyncio.gather(*ahead, return_exceptions=True)
@@ -135,6 +149,12 @@ class Store:
 
     async def content(self, view: View, number: int, offset: int, size: int, account: Account) -> Ready:
         """Wait until bytes [offset, offset + size) of the NAR may be read from the cache."""
+        ready = await self._content(view, number, offset, size, account)
+        if self._limits.prefetch:
+            self._libraries.was_read(view, ready.number, offset, account, whole=ready.whole)
+        return ready
+
+    async def _content(self, view: View, number: int, offset: int, size: int, account: Account) -> Ready:
         row = self._row(number)
         self.cache.index.touch([(number, self._clock())])
         if self._is_whole(row):
@@ -231,7 +251,7 @@ class Store:
     @property
     def owners(self) -> set[str]:
         """Identities of the views whose sources are read from."""
-        return self.fetcher.owners | self.parts.owners
+        return self.fetcher.owners | self.parts.owners | self._libraries.owners
 
     @property
     def moved(self) -> int:

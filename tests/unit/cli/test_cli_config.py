@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from veneer.cli.config import Flags, load_settings, nix_conf_files, source_url
+from veneer.cli.limits import LIMITS, Limit, store_limits
+from veneer.cli.output import parse_size
+from veneer.cli.private_daemon import daemon_command
+from veneer.daemon.worker import ANSWER_SECONDS
 from veneer.model.errors import UsageError
+from veneer.mount.misses import MAX_PARKED
+from veneer.sources.options import parse_source_url
+from veneer.store.store import Limits
 
 NIX_CONF = "substituters = https://one.example s3://bucket?region=x ssh://builder daemon\ntrusted-public-keys = a-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA= b-1:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBA=\n"
 
@@ -185,3 +192,68 @@ def test_unknown_options_of_a_source_are_told_once_and_nixs_own_are_not(tmp_path
     load_settings(Flags(config_file=str(config), warn=told.append), environ, uid=1000)
     load_settings(Flags(caches=(url, url), warn=told.append), environ, uid=1000)
     assert told == ["unknown option 'nobody-knows' of https://a.example is ignored"] * 2
+
+
+def limits_of(environ: dict[str, str], tmp_path: Path, text: str) -> dict[str, int]:
+    return dict(load_settings(Flags(config_file=str(write(tmp_path / "c", text))), environ, uid=1000).limits)
+
+
+def test_limits_reach_the_daemon_that_a_command_starts(environ: dict[str, str], tmp_path: Path) -> None:
+    text = "[limits]\nparallel-downloads = 3\nmemory = '64M'\nanswer-seconds = 5\nparked-requests = 100\n"
+    settings = load_settings(Flags(config_file=str(write(tmp_path / "c", text))), environ, uid=1000)
+    command = daemon_command(settings, client_fd=3)
+    at = command.index("--parallel-downloads")
+    assert command[at : at + 6] == [
+        "--parallel-downloads", "3", "--memory", str(64 << 20), "--answer-seconds", "5"
+    ]  # fmt: skip
+    assert store_limits(settings.limits) == Limits(parallel_downloads=3, memory=64 << 20)
+
+
+def test_without_limits_the_daemon_is_told_none(environ: dict[str, str]) -> None:
+    settings = load_settings(Flags(), environ, uid=1000)
+    assert "--memory" not in daemon_command(settings, client_fd=3)
+    assert store_limits(settings.limits) == Limits()
+
+
+def test_defaults_of_the_page_are_those_of_the_code() -> None:
+    defaults = {limit.name: limit.default for limit in LIMITS}
+    assert parse_size(defaults["memory"]) == Limits().memory
+    assert int(defaults["parallel-downloads"]) == Limits().parallel_downloads
+    assert int(defaults["parallel-requests"]) == Limits().parallel_requests
+    assert float(defaults["answer-seconds"]) == ANSWER_SECONDS
+    assert int(defaults["parked-requests"]) == MAX_PARKED
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=[limit.name for limit in LIMITS])
+def test_limits_are_taken_at_their_bounds_and_refused_beyond(
+    environ: dict[str, str], tmp_path: Path, limit: Limit
+) -> None:
+    for value in (limit.least, limit.most):
+        assert limits_of(environ, tmp_path, f"[limits]\n{limit.name} = {value}") == {limit.name: value}
+    for value in (limit.least - 1, limit.most + 1):
+        with pytest.raises(UsageError, match=f"{limit.name} must be from"):
+            limits_of(environ, tmp_path, f"[limits]\n{limit.name} = {value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("parallel = 3", "unknown limit"),
+        ("parallel-downloads = '3'", "a whole number"),
+        ("parallel-downloads = true", "a whole number"),
+        ("memory = 'much'", "not a size"),
+        ("memory = 1.5", "a size"),
+    ],
+)
+def test_limits_that_are_none_are_refused(
+    environ: dict[str, str], tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        limits_of(environ, tmp_path, f"[limits]\n{text}")
+
+
+def test_a_rate_of_the_source_table_becomes_part_of_its_url(environ: dict[str, str], tmp_path: Path) -> None:
+    text = "[[source]]\nurl = 'https://one.example'\nbytes-per-second = '2M'\nrequests-per-second = 12.5\n"
+    settings = load_settings(Flags(config_file=str(write(tmp_path / "c", text))), environ, uid=1000)
+    config = parse_source_url(settings.sources[0].url)
+    assert (config.bytes_per_second, config.requests_per_second) == (2 << 20, 12.5)
