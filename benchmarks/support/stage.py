@@ -103,11 +103,14 @@ class Stage:
     ) -> None:
         self._stack.close()
 
-    def eager(self, url: str) -> float:
-        """Seconds in which real Nix copies the whole closure from ``url``, signatures checked, into an empty store."""
+    def eager(self, url: str, key: str | None = None) -> float:
+        """Seconds in which real Nix copies the whole closure from ``url``, signatures checked, into an empty store.
+
+        ``key``: whose signatures count, instead of the corpus's.
+        """
         home = self._fresh("nix")
         nix = RealNix(self._programs, home)
-        options = ["--option", "trusted-public-keys", self.corpus.public_key]
+        options = ["--option", "trusted-public-keys", key or self.corpus.public_key]
         command: list[str | Path] = [nix.programs / "nix", "copy", *options, "--from", url, self.corpus.top]
         seconds = timed(command, env=nix.environment, cwd=home)
         there = len(list((nix.store / "nix/store").glob("*-*")))
