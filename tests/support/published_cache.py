@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ FRAME = 64 << 10
 
 
 class PublishedCache:
-    """Files below ``directory``, with frames of FRAME bytes. ``chunks``: whether there are chunk maps."""
+    """Files below ``directory``, with frames of FRAME bytes. ``references``: name of a path -> names of paths."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class PublishedCache:
         *,
         secret: SecretKey | None = None,
         frame_size: int = FRAME,
+        references: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.directory = directory
         self.secret = secret or SecretKey.generate("made-1")
@@ -46,7 +47,12 @@ class PublishedCache:
 
         infos = [
             UnverifiedPathInfo(
-                made.path, "", "", Hash("sha256", hashlib.sha256(made.nar).digest()), len(made.nar)
+                made.path,
+                "",
+                "",
+                Hash("sha256", hashlib.sha256(made.nar).digest()),
+                len(made.nar),
+                tuple(self.paths[name].path for name in (references or {}).get(made.path.name, ())),
             )
             for made in paths
         ]

@@ -60,6 +60,33 @@ def make_path(name: str, size: int = 10_001) -> MadePath:
     return MadePath(StorePath(seed.hex()[:32].replace("e", "z"), name), nar, tree_of_nar([nar]), data)
 
 
+def make_files(name: str, files: Mapping[str, bytes | Symlink]) -> MadePath:
+    """``files``: where they stand -> what they are. All are executable."""
+    files = dict(sorted(files.items(), key=lambda file: [name.encode() for name in file[0].split("/")]))
+    contents: list[bytes] = []
+
+    def directory(prefix: str) -> Directory:
+        entries: dict[bytes, Node] = {}
+        for path, what in files.items():
+            below, _, rest = path.removeprefix(prefix).partition("/")
+            if not path.startswith(prefix) or below.encode() in entries:
+                continue
+            if rest:
+                entries[below.encode()] = directory(f"{prefix}{below}/")
+            elif isinstance(what, Symlink):
+                entries[below.encode()] = what
+            else:
+                entries[below.encode()] = RegularFile(len(what), executable=True, offset=0)
+                contents.append(what)
+        return Directory(tuple(entries.items()))
+
+    tree = directory("")
+    in_order = iter(contents)
+    nar = b"".join(nar_of(tree, lambda _: [next(in_order)]))
+    digest = hashlib.sha256(name.encode()).hexdigest()[:32].replace("e", "z")
+    return MadePath(StorePath(digest, name), nar, tree_of_nar([nar]), b"".join(contents))
+
+
 class SignedCache:
     """Files below ``directory``. ``compression``: none, zstd or xz. ``references``: name of a path -> names of paths."""
 

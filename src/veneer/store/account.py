@@ -59,6 +59,10 @@ class Account:
     ahead_bytes: int = 0
     ahead_wants: int = 1
     """The least ``access.allowance`` at which more would be fetched unasked."""
+    linked: dict[tuple[int, int], None] = field(default_factory=dict)
+    """(path number, offset in the NAR) of programs and libraries that were looked into."""
+    linked_bytes: int = 0
+    """Of libraries that were loaded unasked."""
     prefetched: Prefetched | None = None
     """Of the trace that was brought, as far as it is by now."""
 
