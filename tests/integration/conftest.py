@@ -20,6 +20,7 @@ def as_root(open_directory: Path) -> Iterator[Caller]:
     caller = Caller.root(home)
     yield caller
     caller.wait_for_daemons_end()
+    assert caller.lost_errors() == []
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def unprivileged(request: pytest.FixtureRequest) -> Iterator[Caller]:
     caller = Caller.user(request.getfixturevalue("as_user"))
     yield caller
     caller.wait_for_daemons_end()
+    assert caller.lost_errors() == []
 
 
 @pytest.fixture(params=["root", "user"])

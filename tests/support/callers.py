@@ -22,6 +22,15 @@ from tests.support.users import OtherUser
 PROBE = Path(__file__).with_name("probe.py")
 SECONDS = 60
 _TICK = threading.Event()
+_LOST = (
+    "exception was never retrieved",
+    "was destroyed but it is pending",
+    "was never awaited",
+    "unexpected failure:",
+    "Unhandled exception in",
+    "Exception in callback",
+    "exception calling callback",
+)
 
 
 def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
@@ -151,6 +160,14 @@ class Caller:
     def daemon_pid(self) -> int:
         """Of the daemon that holds the cache directory."""
         return int((self.cache / "lock").read_text())
+
+    def lost_errors(self) -> list[str]:
+        """What asyncio reported in the daemon's log, of tasks whose failure or end nobody waited for."""
+        try:
+            log = (self.cache / "daemon.log").read_text("utf-8", "replace")
+        except FileNotFoundError:
+            return []
+        return [line for line in log.splitlines() if any(report in line for report in _LOST)]
 
     def wait_for_daemons_end(self) -> None:
         """A private daemon outlives its last client by a moment."""

@@ -11,14 +11,16 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from veneer.cache import directory
 from veneer.cache.cache import Cache
 from veneer.cache.index import UnavailableIndexError
 from veneer.formats.request_wire import SOCKET_NAME
 from veneer.formats.tree_index import nar_file
-from veneer.model.errors import CacheError, CacheFullError
+from veneer.model.errors import CacheError, CacheFullError, DaemonError
 from veneer.sources.pace import Paces
+from veneer.store.account import Stories
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
@@ -112,6 +114,7 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
     )
     notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
     store = build_store(cache, time.time, notices, settings.limits)
+    loop.set_exception_handler(lost_errors(store.stories))
     workers = WorkerSockets(
         store,
         sessions,
@@ -159,6 +162,18 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         await sessions.close()
         with suppress(FileNotFoundError):
             (cache.root / SOCKET_NAME).unlink()
+
+
+def lost_errors(stories: Stories) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """The loop's exception handler: what no code expects reaches users as a story, besides the log with its traceback."""
+
+    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        error = context.get("exception")
+        message = str(context.get("message") or "unexpected failure")
+        stories.add(message, error if isinstance(error, Exception) else DaemonError(message))
+
+    return tell
 
 
 async def _flush(cache: Cache, store: Store, dropped: Callable[[int], None], *, stay: bool) -> None:
@@ -241,7 +256,9 @@ class _IdleEnd:
         def go_on() -> bool:  # any thread
             return not (self._clients or self._closed) and time.monotonic() < deadline
 
-        with suppress(CacheError):  # what is not safe stays listed, and the next start looks after it
-            await self._last(go_on)
-        if not self._clients:
-            self._stop()
+        try:
+            with suppress(CacheError):  # what is not safe stays listed, and the next start looks after it
+                await self._last(go_on)
+        finally:  # also after a bug: nobody else would end us
+            if not self._clients:
+                self._stop()

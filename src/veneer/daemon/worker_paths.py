@@ -18,6 +18,7 @@ from typing import TypeVar
 from veneer.model.errors import SourceError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
+from veneer.model.tasks import tell_bugs
 from veneer.store.account import Account
 from veneer.store.resolve import AbsentError, Resolver
 from veneer.store.views import View
@@ -102,7 +103,10 @@ class KnownPaths:
 
     async def by_hash_part(self, hash_part: str, account: Account, seconds: float) -> StorePath | None:
         """The trusted path with this hash part; None and errors as ``info`` has them."""
-        task = asyncio.create_task(self._resolver.by_hash_part(self.view, hash_part, account))
+        task = asyncio.create_task(
+            self._resolver.by_hash_part(self.view, hash_part, account), name=f"a path {hash_part}-..."
+        )
+        task.add_done_callback(tell_bugs)  # it may fail at the moment of its cancelling
         try:
             found = await _bounded(task, f"a path {hash_part}-...", seconds)
         finally:
@@ -172,7 +176,7 @@ class KnownPaths:
     def _start(self, path: StorePath, account: Account, *, ahead: bool = False) -> asyncio.Task[PathInfo]:
         task = asyncio.create_task(self._resolve(path, account, ahead), name=f"path info {path}")
         self._asking[path] = task  # W2
-        task.add_done_callback(_retrieved)
+        task.add_done_callback(tell_bugs)
         return task
 
     def _found(self, path: StorePath, info: PathInfo) -> None:
@@ -209,9 +213,3 @@ async def _bounded(task: asyncio.Task[_Answer], what: str, seconds: float) -> _A
     if task.cancelled():
         raise SourceError(f"the question about {what} was given up because the daemon ends")
     return task.result()
-
-
-def _retrieved(task: asyncio.Task[PathInfo]) -> None:
-    """A failure is told to whoever waits, and again to whoever asks next; the resolver's stories have it."""
-    if not task.cancelled():
-        task.exception()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 
 from veneer.model.errors import FormatError, SourceError
 from veneer.model.path_info import UnverifiedPathInfo
+from veneer.model.tasks import tell_bugs
 
 from .base import Meter, Source, unmetered
 
@@ -82,7 +83,9 @@ class SourceChain:
             return
         if self._learnt is None:
             for source in self._given:
-                self._learning[source] = asyncio.create_task(self._learn_one(source))
+                task = asyncio.create_task(self._learn_one(source), name=f"priority of {source.url}")
+                task.add_done_callback(tell_bugs)
+                self._learning[source] = task
             self._learnt = asyncio.create_task(self._wait_for_order())
         if not self._learnt.done():
             await asyncio.shield(self._learnt)

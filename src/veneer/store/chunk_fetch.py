@@ -17,7 +17,8 @@ from veneer.cache.index import NarState, PathRow
 from veneer.cache.sparse import SparseNar
 from veneer.model.errors import CacheFullError, HashMismatchError
 from veneer.model.path_info import PathInfo
-from veneer.sources.base import Source
+from veneer.model.tasks import tell_bugs
+from veneer.sources.base import RangesUnsupportedError, Source
 from veneer.sources.frames import decode_frame
 
 from . import access
@@ -180,8 +181,7 @@ class ChunkFetcher:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waits has it; without any, the next reader asks again
+        tell_bugs(task, RangesUnsupportedError)  # without anybody who waits, the next reader asks again
 
     def _grouped(self, part: Part, ordinals: Sequence[int]) -> list[list[int]]:
         """Ordinals in requests: neighbours together, with small gaps between them, up to REQUEST bytes each."""

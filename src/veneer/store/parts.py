@@ -39,6 +39,7 @@ from veneer.model.errors import (
     TrustError,
     VeneerError,
 )
+from veneer.model.tasks import tell_bugs
 from veneer.model.tree import Node
 from veneer.sources.base import RangesUnsupportedError
 from veneer.sources.nar_stream import expected_size
@@ -243,6 +244,7 @@ class Parts:
             task = asyncio.create_task(self._begin(view, row, account), name=f"parts of {row.store_path}")
             self._opening[key] = task
             task.add_done_callback(lambda _: self._opening.pop(key, None))
+            task.add_done_callback(tell_bugs)
         return await asyncio.shield(task)
 
     async def _begin(self, view: View, row: PathRow, account: Account) -> Part | None:

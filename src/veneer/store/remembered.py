@@ -20,6 +20,7 @@ from veneer.formats import bundle
 from veneer.formats.cache_info import CacheInfo
 from veneer.formats.narinfo import parse_narinfo, write_narinfo
 from veneer.model.path_info import UnverifiedPathInfo
+from veneer.model.tasks import tell_bugs
 from veneer.sources.base import Meter, Source, unmetered
 from veneer.sources.opening import Tell, unheard
 
@@ -123,7 +124,7 @@ class RememberedSource:
             return None
         task = self._open.get(hash_part)
         if task is None:
-            task = asyncio.create_task(self._ask(hash_part, meter))
+            task = asyncio.create_task(self._ask(hash_part, meter), name=f"narinfo {hash_part}")
             self._open[hash_part] = task
             task.add_done_callback(lambda done: self._closed(hash_part, done))
         if (under_way := self._bundles.under_way(hash_part)) is not None:
@@ -208,8 +209,7 @@ class RememberedSource:
 
     def _closed(self, hash_part: str, task: asyncio.Task[UnverifiedPathInfo | None]) -> None:
         del self._open[hash_part]
-        if not task.cancelled():
-            task.exception()  # its waiters have it; without any, the failure is the next question's
+        tell_bugs(task)  # other failures are its waiters'; without any, the next question's
 
 
 def _is_same(known: UnverifiedPathInfo | float | None, info: UnverifiedPathInfo) -> bool:

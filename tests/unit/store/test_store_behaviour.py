@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -74,7 +75,10 @@ class Bench:
 
 
 def run(tmp_path: Path, body: Callable[[Bench], Awaitable[None]]) -> None:
+    lost: list[dict[str, object]] = []
+
     async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
         clock = Clock()
         cache = open_cache(tmp_path / "cache", clock)
         bench = Bench(cache, clock)
@@ -87,6 +91,8 @@ def run(tmp_path: Path, body: Callable[[Bench], Awaitable[None]]) -> None:
             cache.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+    gc.collect()  # tasks say what nobody heard when they are collected
+    assert lost == []
 
 
 def url(name: str) -> str:
