@@ -21,7 +21,7 @@ from typing import Protocol
 from veneer.cache.cache import Cache
 from veneer.cache.index import NarState
 from veneer.formats import chunk_map, elf
-from veneer.formats.tree_index import Entry, TreeIndex
+from veneer.formats.tree_index import Entry, TreeIndex, nar_file, sparse_file
 from veneer.model.errors import FormatError, VeneerError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
@@ -76,6 +76,7 @@ class Libraries:
         self._resolver = resolver
         self._cache = cache
         self._stories = stories
+        self._root = str(cache.root)
         self._programs = asyncio.Semaphore(PROGRAMS)
         self._metadata = asyncio.Semaphore(METADATA)
         self._running: dict[asyncio.Task[None], str] = {}
@@ -104,10 +105,10 @@ class Libraries:
 
     def _is_program(self, number: int, offset: int, *, whole: bool) -> bool:
         """Whether these bytes look like a program's first ones. What has left memory was read long ago, and its libraries with it."""
-        path, sparse = self._cache.nars.files(number)
-        for file in (path,) if whole else (sparse, path.with_name(path.name + ".part")):
+        name = nar_file(number)
+        for file in (name,) if whole else (sparse_file(number), name + ".part"):
             try:
-                fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(f"{self._root}/{file}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 continue
             magic = bytearray(4)
