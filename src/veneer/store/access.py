@@ -28,8 +28,8 @@ MIN_SCANNED = 6
 AHEAD = 6
 """Bytes fetched ahead of a scan for each byte that it has read: what it costs when the scan ends there."""
 
-SMALL = 512 << 10
-"""Bytes of a NAR's file that are fetched at once: a fast link moves as much in the time that another question takes."""
+SMALL = 1 << 20
+"""Bytes of a NAR's file that are fetched at once: a usual link moves as much in the time of two questions."""
 FILE = 4 << 20
 """Bytes of a file that are fetched when any of it is read: programs and libraries are read all over."""
 COMPLETE = 0.75

@@ -33,6 +33,8 @@ GAP = 64 << 10
 """Bytes between two wanted parts that are fetched with them rather than asked for twice."""
 BACKGROUND = 4
 """Requests at a time that nobody waits for."""
+IDLE = 0.5
+"""Seconds without a reader's request after which what is mostly here is completed."""
 ASSUMED_RATE = 25e6
 """Bytes per second before anything was measured: 200 Mbit/s."""
 MEASURED = 256 << 10
@@ -75,6 +77,8 @@ class Part:
     """The same of single files, by where they start."""
     rest: asyncio.Task[int] | None = None
     rest_owner: str = ""
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the rest is wanted now, not when nobody wants anything else."""
     working: int = 0
     """Threads and requests that use the file; it is closed after them."""
     closed: bool = False
@@ -122,6 +126,8 @@ class ChunkFetcher:
         self._wanted = asyncio.Semaphore(2 * parallel)
         self._unasked = asyncio.Semaphore(BACKGROUND)
         self._demands = 0
+        self._asked = 0
+        """Requests that a reader waited for, since the start."""
         self._quiet = asyncio.Event()
         self._quiet.set()
         self.threads = ThreadPoolExecutor(max(2, parallel // 2), thread_name_prefix="chunk")
@@ -215,6 +221,7 @@ class ChunkFetcher:
         part.working += 1
         try:
             if request.demanded:
+                self._asked += 1
                 self._demands += 1
                 self._quiet.clear()
                 try:
@@ -239,6 +246,17 @@ class ChunkFetcher:
                 if part.fetching.get(at) is request:
                     del part.fetching[at]
             part.leave()
+
+    async def idle(self, hurry: asyncio.Event) -> None:
+        """Wait until no reader has waited for IDLE seconds, or ``hurry`` is set."""
+        while not hurry.is_set():
+            asked = self._asked
+            try:
+                async with asyncio.timeout(IDLE):
+                    await hurry.wait()
+            except TimeoutError:
+                if asked == self._asked and not self._demands:
+                    return
 
     async def _let_readers_go_first(self) -> None:
         try:

@@ -365,10 +365,16 @@ class Parts:
         nar = part.nar
         missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
         pays = access.rest_pays(part.waited, missing, self._fetch.rate)
-        if deferred or pays or access.completes(nar.held, nar.nar_size):
+        if deferred or pays:
             self._completing(view, part, account)
+        elif access.completes(nar.held, nar.nar_size):
+            self._completing(view, part, account, when_idle=True)
 
-    def _completing(self, view: View, part: Part, account: Account) -> asyncio.Task[int]:
+    def _completing(
+        self, view: View, part: Part, account: Account, *, when_idle: bool = False
+    ) -> asyncio.Task[int]:
+        if not when_idle:
+            part.hurry.set()
         if part.rest is None:
             part.rest_owner = view.identity
             part.rest = asyncio.create_task(
@@ -379,6 +385,7 @@ class Parts:
 
     def _completed(self, part: Part, task: asyncio.Task[int]) -> None:
         part.rest = None
+        part.hurry.clear()
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, VeneerError):
@@ -388,6 +395,7 @@ class Parts:
 
     async def _rest(self, view: View, part: Part, account: Account) -> int:
         """Everything that is missing, then the check of the whole (P3); the path number that it has then."""
+        await self._fetch.idle(part.hurry)
         await self._fetch.have(view, part, range(len(part.nar.chunks)), account, demanded=False)
         part.working += 1
         try:
