@@ -8,7 +8,7 @@ that, nothing is fetched that nobody read.
 Within one NAR that can be had in parts it is the same question. Below ``SMALL`` it is fetched whole, and so is a file below
 ``FILE``; a reader that goes on where it was before gets a growing window ahead of it; what is mostly here is completed; and the rest
 of a file or a NAR is fetched when its readers have waited for parts of it as long as that takes: whatever they do next, they
-wait at most twice as long as was needed. No part is fetched twice, so all that this can cost above reading everything is its
+wait at most twice as long as was needed. A small rest is fetched the second time that somebody waits. No part is fetched twice, so all that this can cost above reading everything is its
 requests. Pure: figures in, decision out.
 """
 
@@ -32,6 +32,8 @@ SMALL = 1 << 20
 """Bytes of a NAR's file that are fetched at once: a usual link moves as much in the time of two questions."""
 FILE = 4 << 20
 """Bytes of a file that are fetched when any of it is read: programs and libraries are read all over."""
+LITTLE = 5 << 19
+"""Encoded bytes of a rest that is fetched when somebody waits a second time."""
 COMPLETE = 0.75
 """Of a NAR's bytes: when they are here, the rest is fetched once nobody wants anything else: whole files are read faster."""
 FIRST_WINDOW, LAST_WINDOW = 512 << 10, 8 << 20
@@ -88,9 +90,9 @@ def completes(held: int, nar_size: int) -> bool:
     return held >= COMPLETE * nar_size
 
 
-def rest_pays(waited: float, missing: float, rate: float) -> bool:
-    """Whether readers who have ``waited`` seconds for parts are better served with all of the ``missing`` encoded bytes.
+def rest_pays(waited: float, missing: float, rate: float, *, times: int) -> bool:
+    """Whether readers who have waited so many ``times``, ``waited`` seconds together, are better served with the ``missing`` bytes.
 
-    ``rate``: bytes per second of the link.
+    ``missing``: as they come over the link, which gives ``rate`` bytes per second.
     """
-    return waited * rate >= missing
+    return waited * rate >= missing or (missing <= LITTLE and times > 1)

@@ -72,7 +72,8 @@ class Part:
     files: list[tuple[int, int]] = field(default_factory=list)
     """(start, end) in the NAR of its larger files, ascending."""
     waited: float = 0.0
-    """Seconds that readers waited for parts."""
+    waits: int = 0
+    """Seconds that readers waited for parts, and how often they did."""
     file_waited: dict[int, float] = field(default_factory=dict)
     """The same of single files, by where they start."""
     rest: asyncio.Task[int] | None = None

@@ -156,6 +156,7 @@ class Parts:
         account.ask_part(row.store_path, end - offset)
         loop = asyncio.get_running_loop()
         began = loop.time()
+        waits = not all(part.nar.present[at] for at in wanted)
         try:
             self._fetch.ask(view, part, wanted, account, demanded=True)
             self._read_ahead(view, part, offset, end, account)
@@ -169,7 +170,8 @@ class Parts:
         found = part.nar.around(offset, end)
         if found is None:
             return None  # dropped meanwhile
-        self._waited(view, part, offset, loop.time() - began, account)
+        if waits:
+            self._waited(view, part, offset, loop.time() - began, account)
         self._complete_if_worth(view, part, account)
         return (*found, part.nar.inode)
 
@@ -349,13 +351,14 @@ class Parts:
     def _waited(self, view: View, part: Part, start: int, seconds: float, account: Account) -> None:
         """A reader had to wait for a part of a large file: perhaps all of it pays."""
         part.waited += seconds
+        part.waits += 1
         file = _file_at(part.files, start)
         if file is None or file[1] - file[0] <= access.FILE:
             return
         waited = part.file_waited[file[0]] = part.file_waited.get(file[0], 0.0) + seconds
         chunks = part.nar.covering(*file)
         missing = sum(part.nar.chunks[at].compressed_size for at in chunks if not part.nar.present[at])
-        if missing and access.rest_pays(waited, missing, self._fetch.rate):
+        if missing and access.rest_pays(waited, missing, self._fetch.rate, times=1):
             self._fetch.ask(view, part, chunks, account, demanded=False)
 
     # -- all of it
@@ -364,7 +367,7 @@ class Parts:
         deferred = not part.verified and part.views[view.identity] not in view.trusted  # P4
         nar = part.nar
         missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
-        pays = access.rest_pays(part.waited, missing, self._fetch.rate)
+        pays = access.rest_pays(part.waited, missing, self._fetch.rate, times=part.waits)
         if deferred or pays:
             self._completing(view, part, account)
         elif access.completes(nar.held, nar.nar_size):
