@@ -42,6 +42,11 @@ def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
     return found
 
 
+def lost_reports(log: str) -> list[str]:
+    """Lines in which asyncio tells of failures and tasks that nobody waited for."""
+    return [line for line in log.splitlines() if any(report in line for report in _LOST)]
+
+
 @dataclass
 class Caller:
     """How to start programs as this user. ``sources``: the flags that every command with sources gets."""
@@ -167,7 +172,7 @@ class Caller:
             log = (self.cache / "daemon.log").read_text("utf-8", "replace")
         except FileNotFoundError:
             return []
-        return [line for line in log.splitlines() if any(report in line for report in _LOST)]
+        return lost_reports(log)
 
     def wait_for_daemons_end(self) -> None:
         """A private daemon outlives its last client by a moment."""

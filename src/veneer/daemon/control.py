@@ -92,10 +92,12 @@ class Control:
                 "tree_bytes": totals.tree_bytes,
                 "narinfos": totals.narinfos,
             },
+            "busy": len(self._store.busy),
             "downloads": [str(row.store_path) for row in self._store.fetcher.rows],
             "connections": [
                 {
                     "peer": s.peer,
+                    "open": s.open,
                     "sources": [source.url for source in s.view.chain.sources],
                     "prefetched": None if s.account.prefetched is None else s.account.prefetched.report(),
                 }

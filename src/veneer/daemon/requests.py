@@ -139,6 +139,7 @@ class RequestServer:
 
         def ended(task: asyncio.Task[None]) -> None:
             user.let_go(tasks.pop(task))
+            session.open = len(tasks)
             room.release()
             if not user.own:
                 user.room.release()
@@ -166,6 +167,7 @@ class RequestServer:
                     raise
                 task = asyncio.create_task(self._answer(session, user, frame))
                 tasks[task] = size
+                session.open = len(tasks)
                 task.add_done_callback(ended)
                 await writer.drain()
         finally:

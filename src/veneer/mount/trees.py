@@ -26,6 +26,8 @@ BATCH_BUDGET = 20 << 20
 LARGEST_FAULT = 2 << 20
 """What one fault can map in: since Linux 6.18 the page's whole folio, before that 64 KiB around it."""
 BATCH = 32
+COUNTED_EVERY = 64
+"""New maps between two counts of all: to count two thousand at each would be a tenth of a lookup."""
 READ_FIRST = 16 << 20
 """Bytes of an index that are read before it is mapped; nearly all are smaller."""
 _PIECE = 1 << 18
@@ -48,6 +50,9 @@ class Trees:
         self.batch = BATCH
         """Requests that a thread may answer before it calls ``relieve``."""
         self._watched = False
+        self._uncounted = 0
+        self._mapped_bytes = 0
+        self._largest = 0
         self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
@@ -64,7 +69,7 @@ class Trees:
         index = self._map(number)
         if index is not None:
             self.mapped.put(number, index)
-            self._plan()
+            self._plan(len(index.buffer))
         return index
 
     def _map(self, number: int) -> TreeIndex | None:
@@ -112,12 +117,20 @@ class Trees:
 
     # Memory: mapped pages count as ours while they are mapped in, however cheap they are to get back.
 
-    def _plan(self) -> None:
-        """How often to look: never, when all maps together are small; else so that BATCH_BUDGET holds."""
-        sizes = [len(index.buffer) for index in self.mapped.values()]
-        self._watched = sum(sizes) > RESIDENT_LIMIT
+    def _plan(self, size: int) -> None:
+        """How often to look, now that ``size`` bytes more are mapped: never, when all maps together are small; else so that BATCH_BUDGET holds.
+
+        Between two counts what went is still counted, and what comes is added: never too little.
+        """
+        self._uncounted += 1
+        self._mapped_bytes += size
+        self._largest = max(self._largest, size)
+        if self._uncounted >= COUNTED_EVERY:
+            sizes = [len(index.buffer) for index in self.mapped.values()]
+            self._uncounted, self._mapped_bytes, self._largest = 0, sum(sizes), max(sizes)
+        self._watched = self._mapped_bytes > RESIDENT_LIMIT
         if self._watched:  # a LOOKUP touches three places: table, record, row
-            self.batch = max(4, min(BATCH, BATCH_BUDGET // (3 * min(max(sizes), LARGEST_FAULT))))
+            self.batch = max(4, min(BATCH, BATCH_BUDGET // (3 * min(self._largest, LARGEST_FAULT))))
         else:
             self.batch = BATCH
 

@@ -12,19 +12,22 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+IDLE_SECONDS = 10.0
+"""After which a thread without work ends: a daemon keeps the sources of many views."""
 _Dispose = Callable[[Any], object] | None
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], _Dispose]
 _Result = tuple["asyncio.Future[Any]", Any, BaseException | None, _Dispose]
 
 
 class Workers:
-    """At most ``most`` daemon threads, started when needed. One event loop."""
+    """At most ``most`` daemon threads, started when needed and ended when they are not. One event loop."""
 
-    def __init__(self, most: int, name: str) -> None:
+    def __init__(self, most: int, name: str, *, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._idle_seconds = idle_seconds
         self._most = most
         self._name = name
         self._threads = 0
@@ -69,7 +72,17 @@ class Workers:
             self._jobs.put(None)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._idle_seconds)
+            except Empty:
+                try:
+                    loop.call_soon_threadsafe(self._retire)  # only the loop knows whether work is coming
+                except RuntimeError:
+                    return
+                continue
+            if job is None:
+                return
             future, function, args, dispose = job
             result, failure = None, None
             if not future.cancelled():
@@ -85,6 +98,12 @@ class Workers:
                     loop.call_soon_threadsafe(self._deliver)
                 except RuntimeError:  # the loop is closed: nobody waits any more
                     return
+
+    def _retire(self) -> None:
+        """One thread has had nothing to do: let one end, unless all are needed now."""
+        if self._threads > self._open and not self._closed:
+            self._threads -= 1
+            self._jobs.put(None)
 
     def _deliver(self) -> None:
         self._waking = False  # before the results are taken: whoever adds one from now on wakes again

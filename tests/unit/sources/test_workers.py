@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.support.callers import eventually
 from veneer.sources.workers import Workers
 
 
@@ -21,6 +22,39 @@ def test_results_and_failures_come_back() -> None:
         workers.close()
 
     asyncio.run(main())
+
+
+def alive(name: str) -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
+
+
+def test_threads_without_work_end_and_come_back_when_there_is_some() -> None:
+    async def main() -> None:
+        workers = Workers(8, "idle test", idle_seconds=0.02)
+        for _ in range(3):
+            barrier = threading.Barrier(8)
+            await asyncio.gather(*(workers.run(barrier.wait, 10) for _ in range(8)))
+            await asyncio.to_thread(eventually, lambda: alive("idle test") == 0)
+        gate = threading.Event()
+        busy = asyncio.create_task(workers.run(gate.wait, 10))
+        await asyncio.gather(*(workers.run(pow, n, 2) for n in range(100)))
+        await asyncio.to_thread(eventually, lambda: alive("idle test") == 1)
+        gate.set()
+        assert await busy
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_work_that_comes_while_threads_end_is_done() -> None:
+    async def main() -> None:
+        workers = Workers(4, "test", idle_seconds=0.0005)
+        for n in range(300):
+            assert await workers.run(pow, n, 2) == n * n
+            await asyncio.sleep(0.0005)
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_at_most_so_many_calls_run_at_once() -> None:
