@@ -260,7 +260,8 @@ class _Program:
         except FormatError:
             return  # of no use to its loader either
         except VeneerError as error:
-            self._failed(file.of, error)
+            if depth:  # else it is the program's own, and its reader's
+                self._failed(file.of, error)
 
     async def _follow(self, file: _File, depth: int) -> None:
         blocks: dict[int, bytes] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 
 from tests.support.callers import eventually
 from tests.support.elf_files import make_elf
-from tests.support.faulty_http import FaultyServer, Stall, Status
+from tests.support.faulty_http import FaultyServer, Flipped, Stall, Status
 from tests.support.published_cache import FRAME, PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_files
 from tests.unit.store.test_store_behaviour import Bench, run
 from veneer.cache.index import NarState, PathRow
+from veneer.model.errors import VeneerError
 from veneer.model.tree import Symlink
 from veneer.store import libraries
 from veneer.store.store import Limits, Store
@@ -269,13 +271,16 @@ def test_of_a_large_library_only_the_beginning_comes(tmp_path: Path) -> None:
     run(tmp_path, eager(body))
 
 
+@pytest.mark.parametrize("verify", ["strict", "deferred"])
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_from_an_ordinary_cache_the_linked_paths_come_whole(tmp_path: Path, compression: str) -> None:
+def test_from_an_ordinary_cache_the_linked_paths_come_whole(
+    tmp_path: Path, compression: str, verify: str
+) -> None:
     made = world()
     cache = SignedCache(tmp_path / "ordinary", made, compression=compression, references=REFERENCES)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,))
+        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify=verify)
         row = await looked_up(bench, view, cache.paths["tool"])
         await read(bench, view, row, "bin/tool")
         await settled()
@@ -353,6 +358,25 @@ def test_a_library_that_cannot_be_had_is_a_story_and_the_others_come(
         await assert_is_here(bench, view, cache.paths["libc"], "lib/ld.so", "lib/libc.so.6")
         assert any("liba" in story.path for story in bench.store.stories.rows())
         assert held(bench, cache.paths["liba"]) == 0
+
+    with FaultyServer(cache.directory) as server:
+        run(tmp_path, eager(body))
+
+
+def test_a_program_that_turns_out_wrong_is_its_readers_failure(tmp_path: Path) -> None:
+    """A deferred reader sees its beginning before the rest is known to be wrong: no library is asked for on its word then."""
+    cache = SignedCache(tmp_path / "ordinary", world(), compression="zstd", references=REFERENCES)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(server.url, keys=(cache.key,), verify="deferred")
+        row = await looked_up(bench, view, cache.paths["tool"])
+        server.fail(cache.file("tool", "nar"), Flipped(-1_000_000))
+        with contextlib.suppress(VeneerError):  # when the end was faster
+            await read(bench, view, row, "bin/tool")
+        await settled()
+        assert not any(story.path.startswith("libraries") for story in bench.store.stories.rows())
+        assert bench.condemned
+        assert server.count(cache.file("libb", "nar")) == 0
 
     with FaultyServer(cache.directory) as server:
         run(tmp_path, eager(body))
