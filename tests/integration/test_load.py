@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks.support.wide_cache import write_wide_cache
 from tests.support import load
 from tests.support.callers import Caller
 from tests.support.load import make_stock
+from veneer.cli.client import connect
 
 pytestmark = [
     pytest.mark.root,
@@ -38,6 +40,17 @@ def test_many_environments_at_once_over_one_daemon(as_root: Caller, home: Path) 
 def test_hundreds_of_readers_wait_and_are_all_answered(as_root: Caller, home: Path) -> None:
     found = load.readers(as_root, make_stock(home, 40, 150_000, 8, 3_000_000), 500, rate=8_000_000)
     assert found["reads"] == 500
+
+
+def test_a_daemon_that_ends_before_its_clients_ends_without_a_word(as_root: Caller, home: Path) -> None:
+    stock = make_stock(home, 1, 10_000, 0, 0)
+    as_root.use(f"file://{stock.directory}", key=stock.key)
+    with contextlib.ExitStack() as clients, load.OneDaemon(as_root):
+        for n in range(3):
+            client = connect(as_root.cache, {"session": f"idle {n}"})
+            assert client is not None
+            clients.callback(client.close)
+            client.control("status", {}, seconds=20)
 
 
 def test_thousands_of_store_paths_are_looked_up(as_root: Caller, home: Path) -> None:

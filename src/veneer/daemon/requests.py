@@ -76,6 +76,7 @@ class RequestServer:
         self._changed = connections_changed
         self._sign_seconds = sign_seconds
         self._open: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from HELLO to its end."""
@@ -96,6 +97,10 @@ class RequestServer:
             await self._converse(reader, writer, who, user)
         except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
             pass  # the client left, or never spoke: nothing to tell to anybody
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            # asyncio's streams (before Python 3.12) take a cancelled connection for a bug, and say so in the log
         except VeneerError as error:
             self._store.stories.add("request socket", error)
             if not writer.is_closing():
@@ -108,6 +113,7 @@ class RequestServer:
             self._changed(len(self._open))
 
     async def close(self) -> None:
+        self._closing = True
         for task in list(self._open):
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
