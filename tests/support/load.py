@@ -28,7 +28,7 @@ from veneer.formats.signature import SecretKey
 from veneer.model.store_path import DEFAULT_STORE_DIR
 
 READERS = Path(__file__).with_name("load_readers.py")
-SLACK = 24 << 20
+SLACK = 16 << 20
 """Bytes that a process may have more in the last quarter than in the second one: caches that fill, fragments."""
 MORE_FILES = 96
 """Descriptors that an idle daemon may have more than before: sparse NARs are kept open."""

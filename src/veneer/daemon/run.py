@@ -27,6 +27,7 @@ from veneer.store.views import ViewConfig
 from .admission import Admission, allow_many_files
 from .compose import build_store, build_view, open_cache
 from .control import Control
+from .heap import keep_small
 from .listening import DEFAULT_NAME, answers, listen
 from .requests import RequestServer
 from .sessions import Sessions
@@ -74,6 +75,7 @@ def run_daemon(settings: DaemonSettings) -> bool:
     """Serve until told to stop. False: another daemon serves this cache already (``private`` only)."""
     root = settings.cache_root
     allow_many_files()
+    keep_small()
     directory.prepare(root, shared=settings.shared)
     # One daemon starts at a time: who owns the cache while we start either listens or ends.
     with ExitStack() as starting:
