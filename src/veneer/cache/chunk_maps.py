@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.formats.chunk_map import Chunk, parse_table, place_chunks, write_table
+from veneer.model.errors import FormatError
 
 from .index import Index
 
@@ -48,7 +49,12 @@ class ChunkMaps:
         if found is None:
             return None
         source, url, compression, base, table, signatures, learnt, present, nar_size = found
-        chunks = parse_table(table, nar_size)
+        try:
+            chunks = parse_table(table, nar_size)
+        except FormatError:
+            return None  # damaged: asked for again
+        if present is not None and len(present) != len(chunks):
+            return None
         if base:
             chunks = place_chunks([(c.compressed_size, c.size, c.digest) for c in chunks], base)
         return ChunkMap(source, url, compression, chunks, tuple(signatures.split()), bool(learnt), present)

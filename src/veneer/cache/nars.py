@@ -155,6 +155,14 @@ class Nars:
             raise cache_error(error, path.parent, "write to") from error
         return SparseNar(path, number, chunks, present)
 
+    def set_off(self, nar: SparseNar) -> None:
+        """Out of its number's place into ``incoming``, when all of it was verified: the number may be condemned now, and not the file. CacheError."""
+        place = self._root / "incoming" / f"{nar.number:012x}.{next(self._serial)}.nar"
+        try:
+            nar.path = nar.path.rename(place)
+        except OSError as error:
+            raise cache_error(error, place, "write to") from error
+
     def admit(self, number: int, verified: VerifiedNar) -> None:
         """Gives a verified file its name, then its row. CacheError (and the file is gone) when either fails."""
         incoming = verified.incoming

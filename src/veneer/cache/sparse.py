@@ -40,7 +40,7 @@ class SparseNar:
                 path.unlink(missing_ok=True)  # whoever still reads an earlier one keeps that
                 self._fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
                 os.ftruncate(self._fd, self.nar_size)
-                os.fchmod(self._fd, 0o444)
+                os.fchmod(self._fd, 0o644)  # opened for writing again, also by who is not root
             else:
                 self._fd = os.open(path, flags)
             status = os.fstat(self._fd)

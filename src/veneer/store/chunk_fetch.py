@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 from veneer.cache.cache import Cache
 from veneer.cache.chunk_maps import ChunkMap, ChunkMaps
@@ -26,6 +27,9 @@ from .account import Account
 from .in_flight import InFlight
 from .verify import check_chunk
 from .views import View
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 REQUEST = 4 << 20
 """Bytes of one request, at most, or one chunk: what is held in memory for each."""
@@ -80,6 +84,8 @@ class Part:
     rest_owner: str = ""
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the rest is wanted now, not when nobody wants anything else."""
+    shown: bool = False
+    """Whether a reader had parts of it that were to be verified later."""
     working: int = 0
     """Threads and requests that use the file; it is closed after them."""
     closed: bool = False
@@ -150,15 +156,18 @@ class ChunkFetcher:
     async def have(
         self, view: View, part: Part, wanted: Iterable[int], account: Account, *, demanded: bool
     ) -> None:
-        """Wait until these chunks are present. Whatever a request raises."""
+        """Wait until these chunks are present, or the part is closed. Whatever a request raises."""
         missing = [at for at in wanted if not part.nar.present[at]]
         if not missing:
             return
         part.working += 1
         try:
-            self.ask(view, part, missing, account, demanded=demanded)
-            waits = {part.fetching[at].task for at in missing if at in part.fetching}
-            await asyncio.gather(*(asyncio.shield(task) for task in waits if task is not None))
+            while missing and not part.closed:
+                self.ask(view, part, missing, account, demanded=demanded)
+                waits = {part.fetching[at].task for at in missing if at in part.fetching}
+                await asyncio.gather(*(asyncio.shield(task) for task in waits if task is not None))
+                # What a reader asked for meanwhile is another request's by now.
+                missing = [at for at in missing if not part.nar.present[at]]
         finally:
             part.leave()
 
@@ -291,15 +300,22 @@ class ChunkFetcher:
             self._in_flight -= 1
         self.moved += len(data)
         held = part.nar.held
-        loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self.threads, self._take_in, part, source.url, ordinals, data)
+            await self.on_thread(part, self._take_in, part, source.url, ordinals, data)
         except CacheFullError:
             if not self._make_room(sum(part.nar.chunks[at].size for at in ordinals)):
                 raise
-            await loop.run_in_executor(self.threads, self._take_in, part, source.url, ordinals, data)
+            await self.on_thread(part, self._take_in, part, source.url, ordinals, data)
         self._landed(part, ordinals)
         account.paths[path].nar += part.nar.held - held
+
+    async def on_thread(self, part: Part, do: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """``do`` on a worker thread, which uses the part's file: that is closed after it, also when nobody waits any more."""
+        loop = asyncio.get_running_loop()
+        part.working += 1
+        work = self.threads.submit(do, *args, **named)
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(part.leave))
+        return await asyncio.wrap_future(work)
 
     def _take_in(self, part: Part, url: str, ordinals: list[int], data: bytes) -> None:
         """Decode, check (P1) and write; on a worker thread. FormatError, HashMismatchError, CacheFullError."""
@@ -321,6 +337,7 @@ class ChunkFetcher:
         if part.verified:
             nar = part.nar
             self._cache.index.set_nar(nar.number, NarState.SPARSE, nar.disk_size, bytes(nar.present))
+            self._make_room(0)
 
     def read_ahead(self, view: View, part: Part, end: int, window: int, account: Account) -> None:
         """Ask for what the reader wants next, in big pieces: nothing while half of the window is here or under way."""
@@ -341,7 +358,7 @@ class ChunkFetcher:
                 plan.append((at, *place))  # noqa: PERF401 - a comprehension would hide the two conditions
         if not plan:
             return missing
-        done = await asyncio.get_running_loop().run_in_executor(self.threads, self._copy, part, plan)
+        done = await self.on_thread(part, self._copy, part, plan)
         self._landed(part, done)
         return [at for at in missing if not part.nar.present[at]]
 

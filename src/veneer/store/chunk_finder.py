@@ -43,10 +43,9 @@ class ChunkFinder:
         ``kept``: what is known of the path's chunks. FormatError, TrustError, SourceError, RangesUnsupportedError.
         """
         info, source = candidate.info.info, candidate.source
-        if kept is not None and (kept.url, kept.compression) == (info.url, info.compression):
-            trusted = kept.source == source.url and source.url in view.trusted
-            if kept.learnt or self._vouched(view, info, kept, trusted):
-                return replace(kept, source=source.url), True
+        is_of_file = kept is not None and (kept.url, kept.compression) == (info.url, info.compression)
+        if kept is not None and is_of_file and (kept.learnt or self._vouched(view, info, kept, source.url)):
+            return replace(kept, source=source.url), True
         if published.is_announced(info) and info.compression == "zstd":
             meter = account.meter(row.store_path)
             data = await source.sidecar(row.store_path.hash_part, published.SUFFIX, published.MAX_SIZE, meter)
@@ -77,8 +76,13 @@ class ChunkFinder:
         )
         return ChunkMap(source.url, info.url, info.compression, chunks), False
 
-    def _vouched(self, view: View, info: UnverifiedPathInfo, kept: ChunkMap, trusted: bool) -> bool:
-        """Whether the view believes a chunk map that another one may have brought."""
+    def _vouched(self, view: View, info: UnverifiedPathInfo, kept: ChunkMap, source_url: str) -> bool:
+        """Whether the view believes a chunk map that another one may have brought.
+
+        What is believed of a source without a signature is not believed of one that the view may not even know.
+        """
+        is_own = kept.source == source_url
+        policy = view.policy if is_own else replace(view.policy, require_signatures=True)
         unverified = UnverifiedChunkMap(
             store_path=info.store_path,
             nar_hash=info.nar_hash,
@@ -90,7 +94,11 @@ class ChunkFinder:
         )
         try:
             check_chunk_map(
-                view.policy, unverified, self._memory, source_url=kept.source, source_trusted=trusted
+                policy,
+                unverified,
+                self._memory,
+                source_url=kept.source,
+                source_trusted=is_own and source_url in view.trusted,
             )
         except TrustError:
             return False

@@ -7,7 +7,8 @@ is none of these, or anything is wrong with a part, the NAR is read whole (``fet
 Invariants: P1: under ``strict`` a chunk is present only after ``verify.check_chunk`` accepted it, against digests that the view has
 reason to believe: whether it has is asked for every view. P2: a chunk is asked for once at a time, however many wait for
 it, and a chunk that another NAR holds is copied. P3: a NAR whose chunks are all here becomes whole only by ``verify.check_sparse``.
-P4: what deferred readers saw is checked as soon as the rest is here, which is fetched at once; a NAR that turns out wrong is condemned.
+P4: what deferred readers saw is checked as soon as the rest is here, which is fetched at once; a NAR that turns out wrong, or
+whose rest cannot be had there, is condemned.
 P5: requests that a reader waits for go before all others.
 """
 
@@ -19,7 +20,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from veneer.cache.cache import Cache
@@ -39,6 +40,7 @@ from veneer.model.errors import (
     TrustError,
     VeneerError,
 )
+from veneer.model.store_path import StorePath
 from veneer.model.tasks import tell_bugs
 from veneer.model.tree import Node
 from veneer.sources.base import RangesUnsupportedError
@@ -86,7 +88,7 @@ class Parts:
         parallel: int,
         in_flight: int,
     ) -> None:
-        """``in_flight``: bytes that requests may hold in memory. ``spoilt``: told of a NAR of which wrong bytes may have been read, and the source that they came from."""
+        """``in_flight``: bytes that requests may hold in memory. ``spoilt``: told of a NAR of which bytes were read that nobody vouches for, the source that they came from, and why."""
         self._cache = cache
         self._maps = ChunkMaps(cache.index)
         self._stories = stories
@@ -97,8 +99,8 @@ class Parts:
         self._spoilt = spoilt
         self._open: OrderedDict[int, Part] = OrderedDict()
         self._opening: dict[tuple[int, str], asyncio.Task[Part | None]] = {}
-        self._refused: OrderedDict[tuple[int, str], float] = OrderedDict()
-        """(path number, source URL) of which no parts are asked for until then."""
+        self._refused: OrderedDict[tuple[StorePath, str], float] = OrderedDict()
+        """(path, source URL) of which no parts are asked for until then."""
         self._finder = ChunkFinder(memory)
         self._fetch = ChunkFetcher(
             cache, self._maps, self._open, make_room, parallel=parallel, in_flight=InFlight(in_flight)
@@ -140,6 +142,9 @@ class Parts:
         part = self._open.pop(number, None)
         if part is not None:
             part.close()
+            if not part.verified:  # no row tells of it
+                with suppress(OSError):
+                    part.nar.path.unlink(missing_ok=True)
 
     async def content(
         self, view: View, row: PathRow, offset: int, size: int, account: Account
@@ -170,6 +175,8 @@ class Parts:
         found = part.nar.around(offset, end)
         if found is None:
             return None  # dropped meanwhile
+        if self._is_deferred(view, part):
+            part.shown = True
         if waits:
             self._waited(view, part, offset, loop.time() - began, account)
         self._complete_if_worth(view, part, account)
@@ -195,12 +202,14 @@ class Parts:
         except RangesUnsupportedError:
             self._refuse(part)
             return False
+        if part.closed:
+            return False
         self._complete_if_worth(view, part, account)
         return True
 
     async def whole(self, view: View, row: PathRow, account: Account) -> int | None:
         """Complete a NAR of which something is here, or in other NARs; the path number that it has then. None: stream it."""
-        if row.nar != NarState.SPARSE and not self._maps.any():
+        if row.number not in self._open and row.nar != NarState.SPARSE and not self._maps.any():
             return None
         part = await self._opened(view, row, account)
         if part is None or (not part.nar.held and self._fetch.shared(part) < SHARED * row.nar_size):
@@ -250,10 +259,22 @@ class Parts:
         return await asyncio.shield(task)
 
     async def _begin(self, view: View, row: PathRow, account: Account) -> Part | None:
+        part = self._open.get(row.number)
+        if (
+            part is not None
+            and not part.verified
+            and part.chunk_map.source not in view.deferred
+            and part.rest
+        ):
+            part.hurry.set()  # P4: what others saw is checked before it comes another way
+            await asyncio.wait({part.rest})
         try:
             return await self._of_candidates(view, row, account)
         except AbsentError:
             return None  # who reads it whole finds out as well, and says it better
+        except CacheError as error:
+            self._stories.add(str(row.store_path), error)
+            return None  # reading whole makes room
 
     async def _of_candidates(self, view: View, row: PathRow, account: Account) -> Part | None:
         kept = self._maps.get(row.number)
@@ -273,7 +294,7 @@ class Parts:
                     found = None
                 except (SourceError, FormatError, TrustError) as error:
                     self._stories.add(str(row.store_path), error)
-                    self._refused_until(row.number, source.url)
+                    self._refused_until(row, source.url)
                     return None
                 if found is None:
                     return None
@@ -304,7 +325,8 @@ class Parts:
         part = self._open.get(row.number)
         if part is not None:
             same = part.chunk_map.url == chunk_map.url and part.chunk_map.chunks == chunk_map.chunks
-            if part.verified != verified or not same:
+            same_source = part.chunk_map.source == candidate.source.url
+            if part.verified != verified or not same or not (verified or same_source):
                 return None
             part.views[view.identity] = candidate.source.url
             return part
@@ -319,9 +341,10 @@ class Parts:
         """The file that holds what is present, or a new one."""
         nars = self._cache.nars
         if row.nar == NarState.SPARSE:
-            if verified and chunk_map.present is not None:
+            now = self._maps.get(row.number)  # others were at work while ours was looked for
+            if verified and now is not None and now.present is not None and now.chunks == chunk_map.chunks:
                 try:
-                    return nars.sparse(row.number, chunk_map.chunks, chunk_map.present)
+                    return nars.sparse(row.number, chunk_map.chunks, now.present)
                 except CacheError as error:
                     self._stories.add(str(row.store_path), error)
             nars.drop(row.number)  # chunks of another map, or a file that was lost
@@ -330,11 +353,11 @@ class Parts:
         return nars.sparse(row.number, chunk_map.chunks, None)
 
     def _close_unused(self) -> None:
-        for number in list(self._open):
+        for number in list(self._open)[:-1]:  # the last one was opened just now
             if len(self._open) <= MAX_OPEN:
                 return
             part = self._open[number]
-            if part.verified and not part.busy:
+            if not part.busy:
                 self.forget(number)
 
     # -- more than was asked for
@@ -364,11 +387,10 @@ class Parts:
     # -- all of it
 
     def _complete_if_worth(self, view: View, part: Part, account: Account) -> None:
-        deferred = not part.verified and part.views[view.identity] not in view.trusted  # P4
         nar = part.nar
         missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
         pays = access.rest_pays(part.waited, missing, self._fetch.rate, times=part.waits)
-        if deferred or pays:
+        if self._is_deferred(view, part) or pays:
             self._completing(view, part, account)
         elif access.completes(nar.held, nar.nar_size):
             self._completing(view, part, account, when_idle=True)
@@ -393,29 +415,35 @@ class Parts:
             return
         if isinstance(error, VeneerError):
             self._give_up(part, error)
-        elif isinstance(error, Exception) and not isinstance(error, RangesUnsupportedError):
+        elif isinstance(error, RangesUnsupportedError):
+            self._refuse(part)
+        elif isinstance(error, Exception):
             self._stories.add(str(part.row.store_path), error)
 
     async def _rest(self, view: View, part: Part, account: Account) -> int:
         """Everything that is missing, then the check of the whole (P3); the path number that it has then."""
         await self._fetch.idle(part.hurry)
         await self._fetch.have(view, part, range(len(part.nar.chunks)), account, demanded=False)
-        part.working += 1
-        try:
-            verified, tree, encoded = await asyncio.get_running_loop().run_in_executor(
-                self._fetch.threads, self._checked, part
-            )
-        finally:
-            part.leave()
-        if part.closed:
-            raise SourceError(f"the content of {part.row.store_path} was dropped while it was completed")
+        self._require_open(part)
+        verified, tree, encoded = await self._fetch.on_thread(part, self._checked, part)
+        self._require_open(part)
         del self._open[part.row.number]
         part.closed = True  # ``admit`` ends the file
         try:
+            self._cache.nars.set_off(part.nar)
             return self._admit(part.row, verified, tree, encoded)
         except BaseException:
+            part.nar.discard()
             self._cache.nars.drop(part.row.number)  # what was not admitted
             raise
+
+    def _require_open(self, part: Part) -> None:
+        if part.closed:
+            raise SourceError(f"the content of {part.row.store_path} was dropped while it was completed")
+
+    def _is_deferred(self, view: View, part: Part) -> bool:
+        """Whether the view reads what will be checked later (P4)."""
+        return not part.verified and part.views[view.identity] not in view.trusted
 
     def _checked(self, part: Part) -> tuple[VerifiedNar, Node, bytearray]:
         """On a worker thread. HashMismatchError, FormatError."""
@@ -437,27 +465,35 @@ class Parts:
         """Parts of this file are of no use: it is read whole, from whatever source has it."""
         path = part.row.store_path
         self._stories.add(str(path), error)
-        if isinstance(error, CacheFullError):
+        if isinstance(error, CacheFullError) and not part.shown:
             return
-        self._refuse(part)
         if isinstance(error, (FormatError, HashMismatchError)) and (not part.verified or part.nar.is_whole):
+            self._refused_until(part.row, part.chunk_map.source)
             if self._open.get(part.row.number) is part:
                 self.forget(part.row.number)
             self._spoilt(part.row, part.chunk_map.source, error)
+        else:
+            self._refuse(part)
 
     def _refuse(self, part: Part) -> None:
-        self._refused_until(part.row.number, part.chunk_map.source)
+        self._refused_until(part.row, part.chunk_map.source)
         if self._open.get(part.row.number) is part and not part.verified:
             self.forget(part.row.number)
+            if part.shown:
+                error = SourceError(
+                    f"parts of {part.row.store_path} were read, and the rest cannot be had to check them",
+                    where=part.chunk_map.source,
+                )
+                self._spoilt(part.row, part.chunk_map.source, error)
 
-    def _refused_until(self, number: int, url: str) -> None:
-        self._refused[number, url] = self._clock() + REFUSED_SECONDS
-        self._refused.move_to_end((number, url))
+    def _refused_until(self, row: PathRow, url: str) -> None:
+        self._refused[row.store_path, url] = self._clock() + REFUSED_SECONDS
+        self._refused.move_to_end((row.store_path, url))
         if len(self._refused) > MAX_REFUSED:
             self._refused.popitem(last=False)
 
     def _is_refused(self, row: PathRow, url: str) -> bool:
-        until = self._refused.get((row.number, url))
+        until = self._refused.get((row.store_path, url))
         return until is not None and 0 < until - self._clock() <= REFUSED_SECONDS
 
 

@@ -17,7 +17,7 @@ from veneer.cache.cache import Cache, Evicted
 from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.cache.nars import VerifiedNar
 from veneer.formats.seekable_zstd import Frame
-from veneer.model.errors import HashMismatchError, NotFoundError, SourceError, VeneerError
+from veneer.model.errors import FormatError, HashMismatchError, NotFoundError, SourceError, VeneerError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Node
@@ -352,6 +352,8 @@ class Store:
         number = None
         if row.number not in self.fetcher.busy:
             number = await self.parts.whole(view, row, account)
+            # Its number may have been condemned meanwhile.
+            row = self.cache.index.path_of(row.store_path, row.nar_hash) or row
         if number is None:
             number = await self._fetched(view, row, account, self.fetcher.whole)
         return self._row(row.number if number is None else number)
@@ -376,8 +378,9 @@ class Store:
         return fresh
 
     def _spoilt(self, row: PathRow, url: str, error: VeneerError) -> None:
-        """Readers may have had wrong bytes in parts of this NAR: the number is dead, and the source is not asked for it."""
-        self.fetcher.quarantine(row, url, error)
+        """Readers may have had wrong bytes in parts of this NAR: the number is dead, and a source of wrong ones is not asked for it."""
+        if isinstance(error, (FormatError, HashMismatchError)):
+            self.fetcher.quarantine(row, url, error)
         self._condemn(row, error)
 
     def _verified(self, number: int, candidate: Candidate, frames: tuple[Frame, ...]) -> None:
