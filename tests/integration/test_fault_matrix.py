@@ -31,7 +31,7 @@ from typing import Any
 import pytest
 
 from tests.integration.test_http_source_faults import Authority
-from tests.support.caches import Clock, open_cache
+from tests.support.caches import Clock, open_cache, ready_file
 from tests.support.callers import Caller, eventually
 from tests.support.fault_cells import BYSTANDER, CELLS, CUT, LATE, VICTIM, Cell, Verify
 from tests.support.faulty_http import (
@@ -119,10 +119,7 @@ class Trial:
                 while len(data) < row.nar_size:
                     size = min(PIECE, row.nar_size - len(data))
                     ready = await self.store.content(self.view, row.number, len(data), size, self.account)
-                    file = self.cache.nars.path(ready.number)
-                    if not ready.whole:
-                        file = file.with_name(file.name + PART)
-                    with file.open("rb") as opened:
+                    with ready_file(self.cache, ready).open("rb") as opened:
                         opened.seek(len(data))
                         piece = opened.read(size)
                     assert len(piece) == size, "fewer bytes than were announced"
@@ -131,7 +128,7 @@ class Trial:
         except VeneerError as caught:
             failure = caught
         finally:
-            if self.store.fetcher.busy:
+            if self.store.busy:
                 with contextlib.suppress(VeneerError):  # of a deferred one the end is told to nobody
                     await self.store.whole(self.view, made.path, self.account)
         assert time.monotonic() - began < LIMIT

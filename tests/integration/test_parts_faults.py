@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.caches import ready_file
 from tests.support.faulty_http import (
     Body,
     FaultyServer,
@@ -90,10 +91,7 @@ async def read_all(bench: Bench, view: View, place: Place, *, may_fail: bool, tr
         assert ready.start <= offset and offset + size <= ready.end
         if trusting:  # who defers the check may see what the source flipped
             continue
-        whole, sparse = bench.cache.nars.files(ready.number)
-        files = [whole] if ready.whole else [whole, sparse, whole.with_name(f"{whole.name}.part")]
-        file = next(file for file in files if file.exists() and ready.inode in (0, file.stat().st_ino))
-        fd = os.open(file, os.O_RDONLY)
+        fd = os.open(ready_file(bench.cache, ready), os.O_RDONLY)
         try:
             assert os.pread(fd, size, offset) == place.made.nar[offset : offset + size]
         finally:

@@ -9,11 +9,12 @@ from pathlib import Path
 from veneer.cache.cache import Cache
 from veneer.cache.chunk_maps import ChunkMaps
 from veneer.cache.index import PathRow, TreeState
-from veneer.cache.nars import IncomingNar, VerifiedNar
+from veneer.cache.nars import PART, IncomingNar, VerifiedNar
 from veneer.formats.tree_index import encode_tree
 from veneer.model.hashes import Hash
 from veneer.model.store_path import StorePath
 from veneer.model.tree import RegularFile
+from veneer.store.fetch import Ready
 
 NAR_SIZE = 10_000
 BLOCKS = 12_288
@@ -102,3 +103,12 @@ def files(root: Path) -> set[str]:
     """Names of all published and incoming files."""
     tops = ("trees", "nars", "incoming")
     return {str(f.relative_to(root)) for top in tops for f in (root / top).rglob("*") if not f.is_dir()}
+
+
+def ready_file(cache: Cache, ready: Ready) -> Path:
+    """The file that READY speaks of: the whole one, or the growing or sparse one that has its inode."""
+    whole, sparse = cache.nars.files(ready.number)
+    if ready.whole:
+        return whole
+    files = (sparse, whole.with_name(whole.name + PART), whole)
+    return next(file for file in files if file.exists() and file.stat().st_ino == ready.inode)

@@ -447,3 +447,22 @@ def test_wanted_parts_overtake_those_that_nobody_waits_for(
         await loading
 
     run(tmp_path, body)
+
+
+def test_a_nar_that_arrives_after_its_number_was_condemned_is_kept_under_the_next_one(
+    tmp_path: Path, big: MadePath
+) -> None:
+    cache = SignedCache(tmp_path / "xz", [big], compression="xz")
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(f"file://{cache.directory}", keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        whole = asyncio.create_task(bench.store.whole(view, big.path, bench.account))
+        while row.number not in bench.store.fetcher.busy:
+            await asyncio.sleep(0)
+        fresh = bench.store._condemn(row, HashMismatchError("it was read in parts, and they were wrong"))
+        assert (await whole).number == fresh.number
+        assert bench.nar(fresh.number) == big.nar
+        assert bench.cache.index.quarantines(bench.clock()) == []
+
+    run(tmp_path, body)
