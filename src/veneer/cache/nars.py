@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ PART = ".part"
 Bytes = bytes | bytearray | memoryview
 KEPT_QUARANTINED = 4
 """Files kept in ``quarantine/`` for a look at what a source served."""
+KEPT_INODES = 1 << 15
 _BLOCK = 4096
 
 
@@ -114,6 +116,8 @@ class Nars:
         self._index = index
         self._fault = fault
         self._serial = itertools.count()
+        self._inodes: OrderedDict[int, int] = OrderedDict()
+        """Path number -> inode of the last file of which parts were read."""
 
     def path(self, number: int) -> Path:
         return self._root / nar_file(number)
@@ -144,16 +148,36 @@ class Nars:
             make_parent(path)
         except OSError as error:
             raise cache_error(error, path.parent, "write to") from error
-        return IncomingNar(path.with_name(path.name + PART), number, 0o444)
+        nar = IncomingNar(path.with_name(path.name + PART), number, 0o444)
+        self._told(number, nar.inode)
+        return nar
 
     def sparse(self, number: int, chunks: tuple[Chunk, ...], present: bytes | None) -> SparseNar:
-        """The file for a path's chunks: the one that holds those ``present``, or a new one. CacheError, CacheFullError."""
+        """The file for a path's chunks: the one that holds those ``present``, or a new one. CacheError, CacheFullError.
+
+        A new one has another inode than the one before it: a mount server may still have to open that, and must not
+        take this one for it.
+        """
         path = self._root / sparse_file(number)
         try:
             make_parent(path)
         except OSError as error:
             raise cache_error(error, path.parent, "write to") from error
-        return SparseNar(path, number, chunks, present)
+        nar = SparseNar(path, number, chunks, present)
+        if present is None and nar.inode == self._inodes.get(number):
+            again = nar
+            try:
+                nar = SparseNar(path, number, chunks, None)
+            finally:
+                again.finish()
+        self._told(number, nar.inode)
+        return nar
+
+    def _told(self, number: int, inode: int) -> None:
+        self._inodes[number] = inode
+        self._inodes.move_to_end(number)
+        if len(self._inodes) > KEPT_INODES:
+            self._inodes.popitem(last=False)
 
     def set_off(self, nar: SparseNar) -> None:
         """Out of its number's place into ``incoming``, when all of it was verified: the number may be condemned now, and not the file. CacheError."""

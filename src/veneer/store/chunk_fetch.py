@@ -45,6 +45,8 @@ MEASURED = 256 << 10
 """Bytes of a request that tell something of the link's rate."""
 RATE_SHARE = 0.3
 """Weight of the newest one."""
+NO_ROOM_SECONDS = 1.0
+"""Between attempts to evict when nothing could go."""
 PATIENCE = 0.05
 """Seconds for which each of those lets readers go first: a link that is never idle must not stop it for ever."""
 
@@ -144,6 +146,7 @@ class ChunkFetcher:
         self.rate = ASSUMED_RATE
         """Bytes per second that the link gives, as far as it is known."""
         self._in_flight = 0
+        self._no_room_until = 0.0
 
     async def close(self) -> None:
         """Cancel every request and wait for the threads."""
@@ -337,7 +340,17 @@ class ChunkFetcher:
         if part.verified:
             nar = part.nar
             self._cache.index.set_nar(nar.number, NarState.SPARSE, nar.disk_size, bytes(nar.present))
-            self._make_room(0)
+            self._keep_to_limit()
+
+    def _keep_to_limit(self) -> None:
+        """Evict, but do not look through the whole cache for each chunk where nothing may go."""
+        limit, totals, now = (
+            self._cache.max_bytes,
+            self._cache.index.totals(),
+            asyncio.get_running_loop().time(),
+        )
+        if limit is not None and totals.nar_bytes + totals.tree_bytes > limit and now >= self._no_room_until:
+            self._no_room_until = 0.0 if self._make_room(0) else now + NO_ROOM_SECONDS
 
     def read_ahead(self, view: View, part: Part, end: int, window: int, account: Account) -> None:
         """Ask for what the reader wants next, in big pieces: nothing while half of the window is here or under way."""

@@ -25,6 +25,7 @@ from veneer.cache.sparse import SparseNar
 from veneer.daemon.compose import build_view
 from veneer.formats.chunk_map import parse_chunk_map, place_chunks, write_chunk_map
 from veneer.model.errors import CacheFullError, HashMismatchError
+from veneer.mount.content import Contents
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.store import chunk_fetch, parts
 from veneer.store.account import Account
@@ -446,5 +447,28 @@ def test_a_cache_without_room_for_parts_leaves_it_to_reading_whole(
         monkeypatch.setattr(bench.cache.nars, "sparse", full)
         ready = await bench.store.content(view, row.number, 100, 10, bench.account)
         assert ready.whole and bench.nar(row.number) == big.nar
+
+    run(tmp_path, body)
+
+
+def test_a_sparse_nar_is_never_taken_for_the_one_before_it(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    """Inodes are used again at once; a mount server that hears late of the old file must not read holes of the new one."""
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        directory = os.open(bench.cache.root, os.O_RDONLY)
+        try:
+            for offset in (1_000_000, 3_000_000, 2_000_000):
+                ready = await bench.store.content(view, row.number, offset, 100, bench.account)
+                bench.store.evict(0)
+                await bench.store.content(view, row.number, 5_000_000, 100, bench.account)
+                contents = Contents(directory)
+                contents.ready(row.number, ready.start, ready.end, whole=False, inode=ready.inode)
+                assert contents.get(row.number) is None
+        finally:
+            os.close(directory)
 
     run(tmp_path, body)
