@@ -214,7 +214,7 @@ class Fetcher:
                     raise
                 self._stories.add(str(row.store_path), failures[-1])
                 if download.prefix:  # F4
-                    self._broke.add((row.store_path, url))
+                    self.distrust(row, url)
                     self._condemn(row, failures[-1])
                     break
         raise _story(row.store_path, failures)
@@ -301,6 +301,10 @@ class Fetcher:
         await asyncio.wait({receiving})
         if not receiving.cancelled():
             receiving.exception()
+
+    def distrust(self, row: PathRow, url: str) -> None:
+        """Of this content, nothing from the source is shown any more before all of it was verified (F4)."""
+        self._broke.add((row.store_path, url))
 
     def quarantine(self, row: PathRow, url: str, error: VeneerError) -> None:
         """Bar a source from serving this content for QUARANTINE_SECONDS."""

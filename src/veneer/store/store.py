@@ -362,9 +362,7 @@ class Store:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
         self.parts.forget(row.number)
         known = self.cache.index.path(row.number)
-        if (
-            known is not None and known.quarantined
-        ):  # since it was asked for; the path lives on under another number
+        if known is not None and known.quarantined:  # meanwhile; the path lives on under another number
             row = self.cache.index.add_path(row.store_path, row.nar_hash, row.nar_size, self._clock())
             encoded = self._trees.encode(row, node)
         row = self._trees.admit(self._row(row.number), node, encoded)
@@ -384,9 +382,14 @@ class Store:
         return fresh
 
     def _spoilt(self, row: PathRow, url: str, error: VeneerError) -> None:
-        """Readers may have had wrong bytes in parts of this NAR: the number is dead, and a source of wrong ones is not asked for it."""
+        """Readers had bytes of this NAR that nobody vouches for: the number is dead.
+
+        A source of wrong ones is not asked for it for a while; one that failed is believed only once all is checked.
+        """
         if isinstance(error, (FormatError, HashMismatchError)):
             self.fetcher.quarantine(row, url, error)
+        else:
+            self.fetcher.distrust(row, url)
         self._condemn(row, error)
 
     def _verified(self, number: int, candidate: Candidate, frames: tuple[Frame, ...]) -> None:
