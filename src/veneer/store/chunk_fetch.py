@@ -281,6 +281,8 @@ class ChunkFetcher:
     async def _fetch(
         self, source: Source, part: Part, ordinals: list[int], account: Account, *, urgent: bool
     ) -> None:
+        if part.closed:
+            return  # whoever waits for it sees that
         chunks = [part.nar.chunks[at] for at in ordinals]
         # All of them as they come, one as it is decoded.
         size = sum(chunk.compressed_size for chunk in chunks) + max(chunk.size for chunk in chunks)

@@ -70,6 +70,10 @@ SHARED = 0.25
 Admit = Callable[[PathRow, VerifiedNar, Node, bytearray], int]
 
 
+class _DroppedError(SourceError):
+    """The part was closed while it was completed: it is whole or condemned by now, or to be begun anew."""
+
+
 class Parts:
     """Of one store; event loop only."""
 
@@ -387,6 +391,8 @@ class Parts:
     # -- all of it
 
     def _complete_if_worth(self, view: View, part: Part, account: Account) -> None:
+        if part.closed:
+            return
         nar = part.nar
         missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
         pays = access.rest_pays(part.waited, missing, self._fetch.rate, times=part.waits)
@@ -412,6 +418,8 @@ class Parts:
         part.rest = None
         part.hurry.clear()
         if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, _DroppedError):
             return
         if isinstance(error, VeneerError):
             self._give_up(part, error)
@@ -439,7 +447,7 @@ class Parts:
 
     def _require_open(self, part: Part) -> None:
         if part.closed:
-            raise SourceError(f"the content of {part.row.store_path} was dropped while it was completed")
+            raise _DroppedError(f"the content of {part.row.store_path} was dropped while it was completed")
 
     def _is_deferred(self, view: View, part: Part) -> bool:
         """Whether the view reads what will be checked later (P4)."""
