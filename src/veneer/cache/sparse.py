@@ -68,6 +68,13 @@ class SparseNar:
     def is_whole(self) -> bool:
         return self.held == self.nar_size
 
+    def is_in_place(self) -> bool:
+        """Whether the file is still there, and the one that is written."""
+        try:
+            return self.path.lstat().st_ino == self.inode
+        except OSError:
+            return False
+
     def covering(self, start: int, end: int) -> range:
         """Ordinals of the chunks that the bytes [start, end) lie in."""
         first = bisect_right(self.chunks, start, key=_offset) - 1

@@ -112,8 +112,12 @@ class Parts:
 
     @property
     def busy(self) -> set[int]:
-        """Path numbers whose sparse file is written; eviction leaves them alone."""
-        return {number for number, part in self._open.items() if part.busy}
+        """Path numbers whose sparse file is written, or has no row yet; eviction and checks leave them alone."""
+        return {
+            number
+            for number, part in self._open.items()
+            if part.busy or not part.verified or not part.nar.held
+        }
 
     @property
     def moved(self) -> int:
@@ -250,6 +254,10 @@ class Parts:
 
     async def _opened(self, view: View, row: PathRow, account: Account) -> Part | None:
         part = self._open.get(row.number)
+        if part is not None and not part.nar.is_in_place():
+            self.forget(row.number)  # somebody removed it, whose readers would look for it in vain
+            self._cache.nars.drop(row.number)
+            part = None
         if part is not None and view.identity in part.views:
             self._open.move_to_end(row.number)
             return part

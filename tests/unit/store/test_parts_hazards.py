@@ -472,3 +472,32 @@ def test_a_sparse_nar_is_never_taken_for_the_one_before_it(
             os.close(directory)
 
     run(tmp_path, body)
+
+
+def test_a_sparse_nar_that_somebody_removed_is_begun_again(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 1_000_000, 100)
+        bench.cache.nars.files(row.number)[1].unlink()
+        assert await read(bench, view, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
+
+    run(tmp_path, body)
+
+
+def test_a_check_of_the_cache_leaves_sparse_nars_alone_that_no_row_tells_of(
+    tmp_path: Path, big: MadePath
+) -> None:
+    cache = SignedCache(tmp_path / "none", [big])
+
+    async def body(bench: Bench) -> None:
+        url = f"file://{cache.directory}?trusted=true"
+        view = bench.view(url, keys=(cache.key,), verify="deferred")
+        row = await looked_up(bench, view, big)
+        await read(bench, view, row, 2_000_000, 100)
+        await settled(bench)
+        assert row.number in bench.store.busy
+
+    run(tmp_path, body)
