@@ -66,7 +66,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     monkeypatch.setattr(access, "FILE", 0)  # of a NAR in parts what is asked for: the same steps each time
-    monkeypatch.setattr(access, "rest_pays", lambda waited, missing, rate: False)
+    monkeypatch.setattr(access, "rest_pays", lambda waited, missing, rate, times: False)
     made = SignedCache(tmp_path / "source", MADE)
     listing = made.directory / f"{MADE[LIAR].path.hash_part}.ls"
     listing.write_bytes(listing.read_bytes().replace(b"a-program", b"b-program"))

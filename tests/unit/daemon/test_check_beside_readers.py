@@ -29,7 +29,7 @@ def test_parts_that_a_check_drops_are_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(access, "FILE", 0)  # only what is asked for, and never the rest
-    monkeypatch.setattr(access, "rest_pays", lambda waited, missing, rate: False)
+    monkeypatch.setattr(access, "rest_pays", lambda waited, missing, rate, times: False)
     source = SignedCache(tmp_path / "source", [BIG])
     config = ViewConfig.from_json(
         {"sources": [{"url": f"file://{source.directory}", "verify": "strict"}], "keys": [source.key]}
