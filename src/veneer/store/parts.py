@@ -103,6 +103,8 @@ class Parts:
         self._spoilt = spoilt
         self._open: OrderedDict[int, Part] = OrderedDict()
         self._opening: dict[tuple[int, str], asyncio.Task[Part | None]] = {}
+        self._unchecked: dict[int, Part] = {}
+        """Parts that were shown, of sources that give none any more: compared with the NAR when it comes whole (P4)."""
         self._refused: OrderedDict[tuple[StorePath, str], float] = OrderedDict()
         """(path, source URL) of which no parts are asked for until then."""
         self._finder = ChunkFinder(memory)
@@ -142,11 +144,29 @@ class Parts:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._fetch.close()
-        for part in self._open.values():
+        for part in (*self._open.values(), *self._unchecked.values()):
+            part.close()
+
+    def agree(self, number: int, verified: int) -> bool:
+        """Whether the parts that were shown unchecked, if any, are those of the verified NAR in this descriptor."""
+        part = self._unchecked.pop(number, None)
+        if part is None:
+            return True
+        try:
+            here = [
+                chunk for chunk, present in zip(part.nar.chunks, part.nar.present, strict=True) if present
+            ]
+            mine = part.nar.fileno
+            return all(os.pread(mine, c.size, c.offset) == os.pread(verified, c.size, c.offset) for c in here)
+        except OSError:
+            return False
+        finally:
             part.close()
 
     def forget(self, number: int) -> None:
         """The sparse file is gone, or the number is: whoever has it open in another process keeps what was there."""
+        if (unchecked := self._unchecked.pop(number, None)) is not None:
+            unchecked.close()
         part = self._open.pop(number, None)
         if part is not None:
             part.close()
@@ -178,7 +198,7 @@ class Parts:
             self._give_up(part, error)
             return None
         except RangesUnsupportedError:
-            self._refuse(part)
+            self._refuse(part, without_ranges=True)
             return None
         found = part.nar.around(offset, end)
         if found is None:
@@ -208,7 +228,7 @@ class Parts:
             self._give_up(part, error)
             return False
         except RangesUnsupportedError:
-            self._refuse(part)
+            self._refuse(part, without_ranges=True)
             return False
         if part.closed:
             return False
@@ -227,7 +247,7 @@ class Parts:
         except VeneerError:
             return None  # told by ``_completed``
         except RangesUnsupportedError:
-            self._refuse(part)
+            self._refuse(part, without_ranges=True)
             return None
 
     async def learn(self, row: PathRow, candidate: Candidate, frames: tuple[Frame, ...]) -> None:
@@ -432,7 +452,7 @@ class Parts:
         if isinstance(error, VeneerError):
             self._give_up(part, error)
         elif isinstance(error, RangesUnsupportedError):
-            self._refuse(part)
+            self._refuse(part, without_ranges=True)
         elif isinstance(error, Exception):
             self._stories.add(str(part.row.store_path), error)
 
@@ -491,9 +511,12 @@ class Parts:
         else:
             self._refuse(part)
 
-    def _refuse(self, part: Part) -> None:
+    def _refuse(self, part: Part, *, without_ranges: bool = False) -> None:
         self._refused_until(part.row, part.chunk_map.source)
         if self._open.get(part.row.number) is part and not part.verified:
+            if without_ranges and part.shown:
+                self._unchecked[part.row.number] = self._open.pop(part.row.number)
+                return
             self.forget(part.row.number)
             if part.shown:
                 error = SourceError(

@@ -360,6 +360,10 @@ class Store:
 
     def _admit(self, row: PathRow, verified: VerifiedNar, node: Node, encoded: bytearray) -> int:
         """Take a verified NAR in; compare its encoded tree with the published one (S2)."""
+        if not self.parts.agree(row.number, verified.incoming.fileno):
+            self._condemn(
+                row, HashMismatchError(f"parts of {row.store_path} were not those of its verified NAR")
+            )
         self.parts.forget(row.number)
         known = self.cache.index.path(row.number)
         if known is not None and known.quarantined:  # meanwhile; the path lives on under another number

@@ -26,6 +26,7 @@ from veneer.daemon.compose import build_view
 from veneer.formats.chunk_map import parse_chunk_map, place_chunks, write_chunk_map
 from veneer.model.errors import CacheFullError, HashMismatchError
 from veneer.mount.content import Contents
+from veneer.sources.base import RangesUnsupportedError
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.store import chunk_fetch, parts
 from veneer.store.account import Account
@@ -499,5 +500,33 @@ def test_a_check_of_the_cache_leaves_sparse_nars_alone_that_no_row_tells_of(
         await read(bench, view, row, 2_000_000, 100)
         await settled(bench)
         assert row.number in bench.store.busy
+
+    run(tmp_path, body)
+
+
+def test_parts_of_a_source_that_gives_none_any_more_are_compared_with_the_whole(
+    tmp_path: Path, big: MadePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = SignedCache(tmp_path / "evil", [big])
+    good = SignedCache(tmp_path / "good", [big], secret=evil.secret)
+    flipped(evil.directory / evil.infos["big"].url, 1_500_000)
+
+    async def body(bench: Bench) -> None:
+        deferring = bench.view(f"file://{evil.directory}", keys=(evil.key,), verify="deferred")
+        strict = bench.view(f"file://{good.directory}", keys=(good.key,))
+        row = await looked_up(bench, deferring, big)
+        await looked_up(bench, strict, big)
+        await read(bench, deferring, row, 1_500_000, 10)
+
+        async def none(*_: object) -> bytes:
+            raise RangesUnsupportedError
+
+        monkeypatch.setattr(ObjectStoreSource, "part", none)
+        await settled(bench)
+        assert bench.condemned == []
+        fresh = await bench.store.whole(strict, big.path, bench.account)
+        assert [number for number, _ in bench.condemned] == [row.number]
+        assert bench.nar(fresh.number) == big.nar
+        assert open_files_below(bench.cache.root) == []
 
     run(tmp_path, body)
