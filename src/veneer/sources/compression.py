@@ -279,6 +279,7 @@ class FrameScanner:
     Jumps from block header to block header, at most 128 KiB of content each: about 1 us per block.
     """
 
+    KEPT = 1 << 18
     _MAGIC = 0xFD2FB528
     _SKIPPABLE = 0x184D2A50
 
@@ -290,6 +291,10 @@ class FrameScanner:
         self._blocks = False
         """Inside a frame, where a block header comes next."""
         self._checksum = 0
+        self._position = 0
+        """Of ``_header``, or of what comes next."""
+        self.frames: list[tuple[int, int | None]] = []
+        """(where it begins, bytes of its content; None when it does not tell) of each frame, 0 bytes in skippable ones; KEPT at most."""
         self._frames = 0
 
     @property
@@ -301,6 +306,7 @@ class FrameScanner:
         """Follow ``data``. FormatError where neither a frame nor a skippable frame begins."""
         if self._skip >= len(data):
             self._skip -= len(data)
+            self._position += len(data)
             return
         if self._header:
             data = self._header + data
@@ -311,9 +317,11 @@ class FrameScanner:
             step = self._block(data, at) if self._blocks else self._frame(data, at)
             if step == 0:
                 self._header = data[at:]
+                self._position += at
                 return
             at += step
         self._skip = at - end
+        self._position += end
 
     def _block(self, data: bytes, at: int) -> int:
         """Size of the block (and checksum) whose header begins at ``at``; 0: header not whole."""
@@ -332,7 +340,7 @@ class FrameScanner:
             return 0
         magic = int.from_bytes(data[at : at + 4], "little")
         if magic & 0xFFFFFFF0 == self._SKIPPABLE:
-            self._frames += 1
+            self._begin(at, 0)
             return 8 + int.from_bytes(data[at + 4 : at + 8], "little")
         if magic != self._MAGIC:
             raise FormatError("trailing garbage" if self._frames else "not a zstd frame", where="zstd")
@@ -340,7 +348,17 @@ class FrameScanner:
         single_segment = descriptor >> 5 & 1
         content_size = (single_segment, 2, 4, 8)[descriptor >> 6]
         dictionary = (0, 1, 2, 4)[descriptor & 3]
+        before = 5 + (1 - single_segment) + dictionary
+        told = data[at + before : at + before + content_size]
+        if len(told) < content_size:
+            return 0
+        size = int.from_bytes(told, "little") + (256 if content_size == 2 else 0) if content_size else None
         self._blocks = True
         self._checksum = 4 if descriptor & 4 else 0
+        self._begin(at, size)
+        return before + content_size
+
+    def _begin(self, at: int, size: int | None) -> None:
         self._frames += 1
-        return 5 + (1 - single_segment) + dictionary + content_size
+        if self._frames <= self.KEPT:
+            self.frames.append((self._position + at, size))

@@ -3,7 +3,7 @@
 | compression | a frame | where it is known from |
 |---|---|---|
 | none | GRID bytes | nothing |
-| zstd | a zstd frame | the seek table at the file's end (``formats.seekable_zstd``) |
+| zstd | a zstd frame | the seek table at the file's end (``formats.seekable_zstd``); else what the frames say, as they pass |
 | xz | a block | the index at the file's end (``formats.xz_index``) |
 
 Everything else, and files of a single frame, have to be read whole.
@@ -27,7 +27,7 @@ from veneer.formats.chunk_map import MAX_CHUNK
 from veneer.formats.seekable_zstd import Frame
 from veneer.model.errors import FormatError, TruncatedError
 
-from .compression import OUTPUT_PIECE, XZ_MEMORY, Readable
+from .compression import OUTPUT_PIECE, XZ_MEMORY, FrameScanner, Readable
 
 GRID = 256 << 10
 MAX_FRAMES = 1 << 18
@@ -100,11 +100,13 @@ def decode_frame(compression: str, data: bytes, size: int) -> bytes:
 class TailKeeper:
     """Passes ``encoded`` on and keeps its last bytes: after a whole download its frames are known without a request.
 
-    ``length``: bytes that have passed. Keeps at most ``limit`` bytes and the piece that crosses it.
+    ``length``: bytes that have passed. Keeps at most ``limit`` bytes and the piece that crosses it; for ``compression`` zstd also where
+    each frame began, for files without a seek table.
     """
 
-    def __init__(self, encoded: Readable, limit: int = TAIL_KEPT) -> None:
+    def __init__(self, encoded: Readable, compression: str = "", limit: int = TAIL_KEPT) -> None:
         self._encoded = encoded
+        self._scanner = FrameScanner() if compression == "zstd" else None
         self._limit = limit
         self._pieces: deque[bytes] = deque()
         self._kept = 0
@@ -113,6 +115,11 @@ class TailKeeper:
     def read(self, size: int = -1, /) -> bytes:
         data = self._encoded.read(size)
         self.length += len(data)
+        if self._scanner is not None:
+            try:
+                self._scanner.feed(data)
+            except FormatError:  # whoever decodes it says so
+                self._scanner = None
         self._pieces.append(data)
         self._kept += len(data)
         while self._kept - len(self._pieces[0]) >= self._limit:
@@ -130,8 +137,25 @@ class TailKeeper:
                 offset, size = search.send(tail[offset - start : offset - start + size])
         except StopIteration as found:
             frames: tuple[Frame, ...] | None = found.value
-            return frames
+            return frames or self._passed(nar_size)
         return None
+
+    def _passed(self, nar_size: int) -> tuple[Frame, ...] | None:
+        """The frames as they said themselves; None when one did not say, or there is only one."""
+        scanner = self._scanner
+        if scanner is None or not scanner.complete or len(scanner.frames) >= FrameScanner.KEPT:
+            return None
+        frames, offset = [], 0
+        ends = [start for start, _ in scanner.frames[1:]] + [self.length]
+        for (start, size), end in zip(scanner.frames, ends, strict=True):
+            if size is None:
+                return None
+            if size:
+                frames.append(Frame(start, end - start, offset, size))
+            offset += size
+        if offset != nar_size or any(frame.size > MAX_CHUNK for frame in frames):
+            return None
+        return tuple(frames) if len(frames) > 1 else None
 
 
 class _Tail:

@@ -249,7 +249,7 @@ class Fetcher:
             if deferred:
                 loop.call_soon_threadsafe(download.announce, size)
 
-        tail = TailKeeper(pipe)
+        tail = TailKeeper(pipe, candidate.info.info.compression)
 
         def receive() -> tuple[VerifiedNar, Node, bytearray]:  # worker thread
             try:

@@ -415,7 +415,7 @@ def test_threads_decode_at_once(kind: str) -> None:
 
 
 def keep(file: bytes, piece: int, limit: int) -> TailKeeper:
-    keeper = TailKeeper(io.BytesIO(file), limit)
+    keeper = TailKeeper(io.BytesIO(file), limit=limit)
     assert b"".join(iter(lambda: keeper.read(piece), b"")) == file
     assert keeper.length == len(file)
     return keeper
@@ -454,7 +454,7 @@ def test_no_more_than_the_limit_and_a_piece_is_kept() -> None:
 
 
 def keep_only(file: bytes, piece: int, limit: int) -> TailKeeper:
-    keeper = TailKeeper(io.BytesIO(file), limit)
+    keeper = TailKeeper(io.BytesIO(file), limit=limit)
     while keeper.read(piece):
         pass
     return keeper
@@ -479,3 +479,32 @@ def test_published_files_are_found(tmp_path: Path) -> None:
     chunks = [(c.compressed_offset, c.compressed_size, c.offset, c.size) for c in done.chunks]
     assert chunks == [(f.compressed_offset, f.compressed_size, f.offset, f.size) for f in frames]
     assert joined("zstd", frames, out.getvalue()) == data
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
+def test_frames_without_a_table_are_learnt_as_they_pass(piece: int) -> None:
+    parts = [bytes([i]) * size for i, size in enumerate((300_000, 1, 70_000, 200))]
+    compressor = zstandard.ZstdCompressor()
+    pieces = [compressor.compress(part) for part in parts]
+    file = b"".join(pieces)
+    keeper = TailKeeper(io.BytesIO(file), "zstd")
+    while keeper.read(piece):
+        pass
+    frames = keeper.frames("zstd", sum(map(len, parts)))
+    assert frames is not None
+    cut = [file[f.compressed_offset : f.compressed_offset + f.compressed_size] for f in frames]
+    assert cut == pieces
+    assert [decode_frame("zstd", data, f.size) for data, f in zip(cut, frames, strict=True)] == parts
+    assert keeper.frames("zstd", 5) is None
+
+
+def test_frames_that_do_not_tell_their_size_are_not_learnt() -> None:
+    silent = zstandard.ZstdCompressor(write_content_size=False)
+    keeper = TailKeeper(io.BytesIO(silent.compress(b"a" * 1000) + silent.compress(b"b" * 1000)), "zstd")
+    while keeper.read(100):
+        pass
+    assert keeper.frames("zstd", 2000) is None
+    one = TailKeeper(io.BytesIO(zstandard.ZstdCompressor().compress(b"a" * 1000)), "zstd")
+    while one.read(100):
+        pass
+    assert one.frames("zstd", 1000) is None
