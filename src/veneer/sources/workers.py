@@ -12,12 +12,13 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 IDLE_SECONDS = 10.0
-"""After which a thread without work ends: a daemon keeps the sources of many views."""
+"""A thread that nobody needed for as long ends: a daemon keeps the sources of many views. The event loop counts, because
+``SimpleQueue.get`` with a time limit can wait for ever when several threads do (Python 3.11)."""
 _Dispose = Callable[[Any], object] | None
 _Job = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...], _Dispose]
 _Result = tuple["asyncio.Future[Any]", Any, BaseException | None, _Dispose]
@@ -33,6 +34,9 @@ class Workers:
         self._threads = 0
         self._open = 0
         """Jobs handed over whose result has not been delivered."""
+        self._needed = 0
+        """The most of ``_open`` since the timer was set."""
+        self._timer: asyncio.TimerHandle | None = None
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._results: deque[_Result] = deque()
         self._waking = False
@@ -53,6 +57,7 @@ class Workers:
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._open += 1
+        self._needed = max(self._needed, self._open)
         self._jobs.put((future, function, args, dispose))
         if self._threads < min(self._open, self._most):
             self._threads += 1
@@ -68,19 +73,14 @@ class Workers:
     def close(self) -> None:
         """Let the threads end, each after its present job."""
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         for _ in range(self._threads):
             self._jobs.put(None)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
-            try:
-                job = self._jobs.get(timeout=self._idle_seconds)
-            except Empty:
-                try:
-                    loop.call_soon_threadsafe(self._retire)  # only the loop knows whether work is coming
-                except RuntimeError:
-                    return
-                continue
+            job = self._jobs.get()
             if job is None:
                 return
             future, function, args, dispose = job
@@ -100,10 +100,17 @@ class Workers:
                     return
 
     def _retire(self) -> None:
-        """One thread has had nothing to do: let one end, unless all are needed now."""
-        if self._threads > self._open and not self._closed:
+        """Let the threads end that nobody needed since the timer was set."""
+        self._timer = None
+        for _ in range(self._threads - self._needed):
             self._threads -= 1
             self._jobs.put(None)
+        self._needed = self._open
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._threads > self._open and self._timer is None and self._loop is not None and not self._closed:
+            self._timer = self._loop.call_later(self._idle_seconds, self._retire)
 
     def _deliver(self) -> None:
         self._waking = False  # before the results are taken: whoever adds one from now on wakes again
@@ -117,3 +124,4 @@ class Workers:
                     future.set_exception(failure)
             elif dispose is not None and result is not None:
                 dispose(result)
+        self._set_timer()
