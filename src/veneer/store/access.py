@@ -60,7 +60,8 @@ def allowance(evidence: Evidence) -> int:
     if evidence.asked_paths >= MIN_PATHS and evidence.asked_bytes >= SHARE * evidence.closure_bytes:
         return evidence.closure_bytes
     if evidence.scanned_paths >= MIN_SCANNED and 2 * evidence.scanned_bytes >= evidence.asked_bytes:
-        return AHEAD * evidence.scanned_bytes
+        ahead = AHEAD * evidence.scanned_bytes
+        return evidence.closure_bytes if ahead >= SHARE * evidence.closure_bytes else ahead
     return 0
 
 

@@ -34,3 +34,8 @@ def test_a_few_paths_read_whole_are_no_scan() -> None:
 
 def test_whole_reads_of_small_paths_beside_parts_of_big_ones_are_no_scan() -> None:
     assert allowance(Evidence(MIN_SCANNED + 2, 10_000, MIN_SCANNED, 600, BIG)) == 0
+
+
+def test_a_scan_that_got_half_of_a_closure_gets_all_of_it() -> None:
+    size = BIG // (2 * AHEAD) + 1
+    assert allowance(Evidence(MIN_SCANNED, size, MIN_SCANNED, size, BIG)) == BIG
