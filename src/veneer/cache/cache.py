@@ -22,7 +22,8 @@ from veneer.formats import tree_index
 from veneer.model.store_path import StorePath
 
 from . import directory, eviction, recovery
-from .index import DamagedIndexError, Index, Unsynced, checkpoint, damage_mark
+from .database import DamagedIndexError, checkpoint, damage_mark
+from .index import Index, Unsynced
 from .nars import Nars
 from .trees import Trees
 

@@ -38,8 +38,9 @@ from veneer.model.store_path import StorePath
 from . import directory
 from .cache import Cache
 from .chunk_maps import ChunkMap, ChunkMaps
+from .database import DamagedIndexError, damage_mark
 from .directory import PUBLISHED, cache_error
-from .index import DamagedIndexError, Index, NarState, PathRow, TreeState, damage_mark
+from .index import Index, NarState, PathRow, TreeState
 
 BATCH = 256
 SHOWN = 1000

@@ -1,7 +1,7 @@
 """What is known of the chunks of NARs: where each lies in a source's file, and its digest. Rows of the index.
 
-C3  A chunk map is kept under a path number, whatever becomes of the NAR: after eviction it says what can be fetched in parts
-    and how to check it. Who may use it follows from ``signatures``, ``source`` and ``learnt`` (``store.parts``).
+C3  A chunk map is kept under a path number until that is retired, whatever becomes of the NAR: after eviction it says what can
+    be fetched in parts and how to check it. Who may use it follows from ``signatures``, ``source`` and ``learnt`` (``store.parts``).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class ChunkMaps:
     """The chunk maps of one index; on its thread."""
 
     def __init__(self, index: Index) -> None:
-        self._index = index
+        self._db = index.database
 
     def get(self, number: int) -> ChunkMap | None:
-        found = self._index._one(
+        found = self._db.one(
             "SELECT m.source, m.url, m.compression, m.base, m.chunks, m.signatures, m.learnt, m.present, p.nar_size"
             " FROM chunk_maps m JOIN paths p USING (number) WHERE number = ?",
             (number,),
@@ -62,9 +62,9 @@ class ChunkMaps:
     def put(self, number: int, chunk_map: ChunkMap) -> None:
         """In place of an earlier one. A sparse file that was written by that must be gone."""
         base = chunk_map.chunks[0].compressed_offset
-        with self._index._change():
-            self._index._run("DELETE FROM chunk_places WHERE number = ?", (number,))
-            self._index._run(
+        with self._db.change():
+            self._db.run("DELETE FROM chunk_places WHERE number = ?", (number,))
+            self._db.run(
                 "INSERT OR REPLACE INTO chunk_maps"
                 " (number, source, url, compression, base, chunks, signatures, learnt, present)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)",
@@ -79,19 +79,28 @@ class ChunkMaps:
                     chunk_map.learnt,
                 ),
             )
-            for ordinal, chunk in enumerate(chunk_map.chunks):
-                self._index._run(
-                    "INSERT INTO chunk_places (digest, number, ordinal) VALUES (?, ?, ?)",
-                    (_key(chunk.digest), number, ordinal),
-                )
+            self._db.run_many(
+                "INSERT INTO chunk_places (digest, number, ordinal) VALUES (?, ?, ?)",
+                [(_key(chunk.digest), number, at) for at, chunk in enumerate(chunk_map.chunks)],
+            )
 
     def any(self) -> bool:
         """Whether there is any chunk map."""
-        return self._index._one("SELECT 1 FROM chunk_maps LIMIT 1") is not None
+        return self._db.one("SELECT 1 FROM chunk_maps LIMIT 1") is not None
+
+    def elsewhere(self, number: int) -> list[int]:
+        """Ordinals of the number's chunks that others may hold, too: one question for all of them."""
+        found = self._db.all(
+            "SELECT mine.ordinal FROM chunk_places mine WHERE mine.number = ? AND EXISTS ("
+            " SELECT 1 FROM chunk_places c JOIN paths p USING (number)"
+            " WHERE c.digest = mine.digest AND c.number <> mine.number AND p.nar <> 0 AND p.quarantined = 0)",
+            (number,),
+        )
+        return [int(ordinal) for (ordinal,) in found]
 
     def holders(self, digest: bytes, but: int) -> list[tuple[int, int]]:
         """(path number, ordinal) of chunks that may have this digest and be here, of others than number ``but``."""
-        found = self._index._all(
+        found = self._db.all(
             "SELECT c.number, c.ordinal FROM chunk_places c JOIN paths p USING (number)"
             " WHERE c.digest = ? AND c.number <> ? AND p.nar <> 0 AND p.quarantined = 0 LIMIT ?",
             (_key(digest), but, HOLDERS),

@@ -64,7 +64,10 @@ _CHUNKS = (
     "CREATE INDEX paths_nars ON paths (last_used) WHERE nar <> 0",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED, _SIGNATURES, _CHUNKS)
+# Without it, forgetting the chunks of one number would read those of all.
+_PLACES = ("CREATE INDEX chunk_places_of ON chunk_places (number)",)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED, _SIGNATURES, _CHUNKS, _PLACES)
 SCHEMA_VERSION = len(STEPS)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from veneer.cache import directory
 from veneer.cache.cache import Cache
-from veneer.cache.index import UnavailableIndexError
+from veneer.cache.database import UnavailableIndexError
 from veneer.formats.request_wire import SOCKET_NAME
 from veneer.formats.tree_index import nar_file
 from veneer.model.errors import CacheError, CacheFullError, DaemonError

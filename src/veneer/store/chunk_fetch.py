@@ -412,10 +412,8 @@ class ChunkFetcher:
         return done
 
     def shared(self, part: Part) -> int:
-        """Bytes of the NAR that others hold."""
-        chunks = part.nar.chunks
-        maps: dict[int, ChunkMap | None] = {}
-        return sum(c.size for at, c in enumerate(chunks) if self._holder(part, at, maps) is not None)
+        """Bytes of the NAR that others may hold."""
+        return sum(part.nar.chunks[at].size for at in self._maps.elsewhere(part.row.number))
 
 
 def _runs(ordinals: list[int]) -> list[list[int]]:

@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.caches import NAR_SIZE, nar_hash, store_path
-from veneer.cache.index import (
-    BASES,
-    DamagedIndexError,
-    Index,
-    NarinfoRow,
-    NarState,
-    PathRow,
-    Totals,
-    TreeState,
-    damage_mark,
-)
+from veneer.cache.chunk_maps import ChunkMap, ChunkMaps
+from veneer.cache.database import DamagedIndexError, damage_mark
+from veneer.cache.index import BASES, Index, NarinfoRow, NarState, PathRow, Totals, TreeState
 from veneer.cache.migrations import SCHEMA_VERSION, migrate
+from veneer.formats.chunk_map import place_chunks
 from veneer.model.errors import CacheError
 
 URL = "https://cache.example"
@@ -304,6 +297,23 @@ def test_a_read_answers_in_microseconds_with_many_rows(index: Index) -> None:
 
     for i in range(20_000):
         index.put_narinfo(URL, f"{i:032d}", b"x" * 100, 1.0)
-    index._db.set_progress_handler(count, 1)  # SQLite's own instructions: no clock, no noise
+    index.database.connection.set_progress_handler(count, 1)  # SQLite's own instructions: no clock, no noise
     index.narinfo(URL, f"{777:032d}")
     assert steps < 50
+
+
+def test_the_chunks_of_a_retired_number_are_forgotten_and_others_are_found_by_digest(index: Index) -> None:
+    maps = ChunkMaps(index)
+    chunks = place_chunks([(10, 20, bytes([i]) * 32) for i in range(3)])
+    numbers = []
+    for i, mine in enumerate((chunks, chunks[:2])):
+        row = index.add_path(store_path(i), nar_hash(i), sum(c.size for c in mine), 1.0)
+        maps.put(row.number, ChunkMap("source", "url", "zstd", mine))
+        numbers.append(row.number)
+    assert maps.elsewhere(numbers[0]) == []  # the other one has no file
+    index.set_nar(numbers[1], NarState.WHOLE, 4096)
+    assert maps.elsewhere(numbers[0]) == [0, 1]
+    index.replace_path(numbers[1], 2.0)
+    assert maps.elsewhere(numbers[0]) == []
+    assert maps.get(numbers[1]) is None
+    assert maps.get(numbers[0]) is not None

@@ -388,7 +388,7 @@ def test_a_damaged_chunk_map_in_the_index_is_fetched_again(
     async def first(bench: Bench) -> None:
         view = bench.view(cache.url, keys=(cache.key,))
         await read(bench, view, await looked_up(bench, view, big), 1_000_000, 100)
-        bench.cache.index._run("UPDATE chunk_maps SET chunks = x'00'")
+        bench.cache.index.database.run("UPDATE chunk_maps SET chunks = x'00'")
         bench.cache.index.flush()
 
     async def second(bench: Bench) -> None:
