@@ -40,6 +40,7 @@ Bytes = bytes | bytearray | memoryview
 KEPT_QUARANTINED = 4
 """Files kept in ``quarantine/`` for a look at what a source served."""
 KEPT_INODES = 1 << 15
+"""Path numbers whose last inode is remembered: of more, no mount server has a file to open still."""
 _BLOCK = 4096
 
 

@@ -8,16 +8,19 @@ T2  No fsync, as for NARs: after a change of the boot id recovery checks the dig
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from veneer.formats.tree_index import tree_file
+from veneer.formats.tree_index import TreeIndex, tree_file
+from veneer.model.errors import FormatError
 
 from .directory import cache_error, rename_published
 from .index import Index, TreeState
 
 Bytes = bytes | bytearray | memoryview
+_SMALL = 1 << 20
 
 
 class Trees:
@@ -31,6 +34,24 @@ class Trees:
 
     def path(self, number: int) -> Path:
         return self._root / tree_file(number)
+
+    def open(self, number: int) -> TreeIndex:
+        """The published tree, for a look. FormatError: it is damaged, or was evicted just now.
+
+        A small one is read. A large one is mapped, and was read through before: what a failing disk does not give is an error
+        here, and would be our end at a page that is mapped.
+        """
+        path = self.path(number)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size <= _SMALL:
+                    return TreeIndex(file.read())
+                for at in range(0, size, _SMALL):
+                    os.pread(file.fileno(), _SMALL, at)
+                return TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"the tree cannot be read: {error}", where=str(path)) from error
 
     def has(self, number: int) -> bool:
         """Whether the file is there, on disk."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.cache.checking import Finding, Notices, check
 from veneer.model.errors import CacheError
+from veneer.model.tasks import tell_bugs
 from veneer.store.store import Store
 
 from .sessions import Sessions
@@ -73,7 +74,8 @@ async def run_check(
             except StopIteration as end:
                 document: dict[str, object] = end.value.document()
                 return document
-            working = asyncio.create_task(asyncio.to_thread(work))
+            working = asyncio.create_task(asyncio.to_thread(work), name="check of the cache")
+            working.add_done_callback(lambda task: tell_bugs(task, _StoppedError))
             while not (await asyncio.wait({working}, timeout=PROGRESS_SECONDS))[0]:
                 progress({"bytes_done": done, "bytes": totals.nar_bytes + totals.tree_bytes})
             result = working.result()

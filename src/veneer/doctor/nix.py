@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -160,12 +161,14 @@ def greet(path: str) -> Result:
     """Whether Nix's protocol is spoken on the socket."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_SECONDS)
+    answer = b""
     try:
         connection.connect(path)
-        connection.sendall(wire.encode((wire.CLIENT_MAGIC, wire.VERSION)))
-        answer = b""
-        while len(answer) < 16 and (piece := connection.recv(16 - len(answer))):
-            answer += piece
+        # Who hangs up at Nix's greeting, before or after an answer of its own, is another server: not nobody.
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(wire.encode((wire.CLIENT_MAGIC, wire.VERSION)))
+            while len(answer) < 16 and (piece := connection.recv(16 - len(answer))):
+                answer += piece
     except OSError as error:
         fix = "veneer daemon, with the sources as flags or in the configuration: only then it has nix.sock"
         return Result("failed", f"nobody answers on {path}: {error.strerror or error}", fix)

@@ -1,6 +1,6 @@
 """Writable layers on disk: made, locked, kept by name or removed, swept after a crash.
 
-``environments_root/NAME/{lock,users,upper,work,var}`` for a named one, ``tmp-XXXXXXXX`` for a temporary one. Invariants:
+``environments_root/NAME/{lock,users,upper,work,var}`` for a named one, ``tmp-`` and eight digits for a temporary one. Invariants:
 
 U1: whoever uses a layer holds ``flock`` on its lock file through one open file that its processes share, so the lock is
     free exactly when all of them are gone, however they ended. The file's text is the first one's pid, for messages.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -405,7 +404,7 @@ class _Program:
         """Name -> file, or the absolute path that it is a link to; without those that are not there. On a worker thread."""
         files: dict[bytes, _File | bytes] = {}
         try:
-            tree = self._tree(of)
+            tree = self._cache.trees.open(of.number)
             for name in names:
                 found = (
                     find_library(tree, name) if directory is None else follow(tree, directory + b"/" + name)
@@ -419,20 +418,11 @@ class _Program:
     def _file_at(self, of: _Known, offset: int) -> _File | None:
         """On a worker thread."""
         try:
-            tree = self._tree(of)
+            tree = self._cache.trees.open(of.number)
             entry = tree.file_at(offset)
             return None if entry is None else _file(of, tree, entry)
         except FormatError:
             return None
-
-    def _tree(self, of: _Known) -> TreeIndex:
-        """FormatError also when it was just evicted."""
-        try:
-            with open(self._cache.trees.path(of.number), "rb") as file:
-                return TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError) as error:
-            where = str(of.info.store_path)
-            raise FormatError(f"its tree cannot be read: {error}", where=where) from error
 
 
 def _peek(fd: int, into: bytearray, offset: int) -> None:

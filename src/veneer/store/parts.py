@@ -30,7 +30,7 @@ from veneer.cache.nars import VerifiedNar
 from veneer.cache.sparse import SparseNar
 from veneer.formats.chunk_map import Chunk, place_chunks
 from veneer.formats.seekable_zstd import Frame
-from veneer.formats.tree_index import Kind, TreeIndex
+from veneer.formats.tree_index import Kind
 from veneer.model.errors import (
     CacheError,
     CacheFullError,
@@ -340,10 +340,10 @@ class Parts:
     def _files(self, number: int) -> list[tuple[int, int]]:
         """(start, end) of the files that are larger than a chunk usually is, ascending; of the tree, where there is one."""
         try:
-            tree = TreeIndex(self._cache.trees.path(number).read_bytes())
+            tree = self._cache.trees.open(number)
             entries = map(tree.entry, range(min(tree.count, MAX_ENTRIES)))
             spans = [(e.offset, e.offset + e.size) for e in entries if e.kind <= Kind.EXECUTABLE]
-        except (OSError, FormatError):
+        except FormatError:
             return []
         return sorted(span for span in spans if span[1] - span[0] > ONE_CHUNK)
 

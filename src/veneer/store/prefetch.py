@@ -7,14 +7,12 @@ goes through by itself, so that the first contents move while the last narinfos 
 from __future__ import annotations
 
 import asyncio
-import mmap
 from collections.abc import Callable, Collection
 
 from veneer.cache.index import NarState
 from veneer.formats import chunk_map
 from veneer.formats.trace import Ranges, Trace, TracedPath
-from veneer.formats.tree_index import TreeIndex
-from veneer.model.errors import FormatError, VeneerError
+from veneer.model.errors import VeneerError
 from veneer.model.store_path import StorePath
 
 from .account import Account, Prefetched
@@ -126,12 +124,7 @@ class Prefetch:
 
     def _ranges(self, number: int, traced: TracedPath) -> Ranges:
         """On a worker thread. FormatError also when the tree was just evicted."""
-        try:
-            with open(self._store.cache.trees.path(number), "rb") as file:
-                tree = TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError) as error:
-            raise FormatError(f"its tree cannot be read: {error}", where=str(traced.path)) from error
-        return nar_ranges(traced.files, tree)
+        return nar_ranges(traced.files, self._store.cache.trees.open(number))
 
     def _fits(self, size: int) -> bool:
         limit = self._store.cache.max_bytes

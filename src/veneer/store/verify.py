@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,11 +82,7 @@ def verify_path_info(
     """``unverified`` with the names of the trusted keys that signed it. TrustError when nobody vouches for it."""
     signed_by: list[str] = []
     if unverified.signatures and policy.keys:
-        text = fingerprint(unverified)
-        for signature in unverified.signatures:
-            name = signature.partition(":")[0]
-            if any(key.name == name and _signed(key, text, signature, memory) for key in policy.keys):
-                signed_by.append(name)
+        signed_by = list(_signers(policy, fingerprint(unverified), unverified.signatures, memory))
     if not signed_by and policy.require_signatures and not source_trusted:
         names = ", ".join(s.partition(":")[0] for s in unverified.signatures)
         trusted = ", ".join(key.name for key in policy.keys)
@@ -97,6 +93,16 @@ def verify_path_info(
             hint="add the cache's key with --trusted-public-key, or trusted=true to the cache's URL if you trust its every byte",
         )
     return PathInfo(unverified, tuple(signed_by))
+
+
+def _signers(
+    policy: TrustPolicy, text: bytes, signatures: Iterable[str], memory: SignatureMemory
+) -> Iterator[str]:
+    """Names of the trusted keys that signed ``text``, as far as anybody asks."""
+    for signature in signatures:
+        name = signature.partition(":")[0]
+        if any(key.name == name and _signed(key, text, signature, memory) for key in policy.keys):
+            yield name
 
 
 def _signed(key: PublicKey, text: bytes, signature: str, memory: SignatureMemory) -> bool:
@@ -125,11 +131,8 @@ def check_chunk_map(
     """TrustError when nobody vouches for it: the same conditions as for a narinfo."""
     if source_trusted or not policy.require_signatures:
         return
-    text = unverified.fingerprint()
-    for signature in unverified.signatures:
-        name = signature.partition(":")[0]
-        if any(key.name == name and _signed(key, text, signature, memory) for key in policy.keys):
-            return
+    if any(_signers(policy, unverified.fingerprint(), unverified.signatures, memory)):
+        return
     raise TrustError(
         f"the chunk map of {unverified.store_path} has no valid signature of a trusted key", where=source_url
     )

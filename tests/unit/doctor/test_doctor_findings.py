@@ -175,6 +175,7 @@ def listener(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
 
         def serve() -> None:
             with server.accept()[0] as client:
+                client.recv(1, socket.MSG_PEEK)  # the greeting came, and closing with it unread is a reset
                 client.sendall(answer)
 
         threads.append(threading.Thread(target=serve))
@@ -187,8 +188,11 @@ def listener(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
     server.close()
 
 
-def test_a_socket_of_another_protocol_is_not_taken_for_nix(listener: Callable[[bytes], str]) -> None:
-    result = nix.greet(listener(b"HTTP/1.1 400 Bad Request\r\n"))
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b"no", b""])
+def test_a_socket_of_another_protocol_is_not_taken_for_nix(
+    listener: Callable[[bytes], str], answer: bytes
+) -> None:
+    result = nix.greet(listener(answer))
     assert (result.state, "daemon.sock" in result.fix) == ("failed", True)
 
 
