@@ -47,7 +47,6 @@ from tests.support.faulty_http import (
 from tests.support.raw_http import RawServer, response
 from tests.support.signed_cache import MadePath, SignedCache, make_path
 from veneer.cache.index import NarState, PathRow, TreeState
-from veneer.cache.nars import PART
 from veneer.formats.signature import SecretKey
 from veneer.formats.tree_index import encode_tree
 from veneer.model.errors import VeneerError
@@ -458,4 +457,4 @@ def test_programs_get_the_right_bytes_or_an_io_error(
         for name in ("reset", "gone", "circle"):  # no hour to wait for
             assert is_served(name)
     assert not list((as_root.cache / "incoming").iterdir())
-    assert not list((as_root.cache / "nars").rglob(f"*{PART}"))
+    assert not list((as_root.cache / "nars").rglob("*.part"))

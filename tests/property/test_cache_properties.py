@@ -23,7 +23,7 @@ from veneer.cache.eviction import Candidate, excess, plan
 from veneer.cache.index import FileRow, NarState, PathRow, TreeState, Unsynced
 from veneer.cache.recovery import FoundFile, Rehash, Remove, Reset
 from veneer.cache.recovery import plan as recovery_plan
-from veneer.formats.tree_index import nar_file, tree_file
+from veneer.formats.tree_index import nar_file, sparse_file, tree_file
 
 sizes = st.lists(st.integers(0, 1000), max_size=20)
 
@@ -72,9 +72,9 @@ def disk(draw: st.DrawFn) -> tuple[list[FileRow], list[FoundFile], list[Unsynced
     rows = []
     found: dict[str, int] = {}
     for number in range(1, draw(st.integers(1, 8))):
-        tree, nar, retired = draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 5)) == 0
+        tree, nar, retired = draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 5)) == 0
         rows.append(FileRow(number, tree, nar, 50, 100, retired))
-        for name, size in ((tree_file(number), 50), (nar_file(number), 100)):
+        for name, size in ((tree_file(number), 50), (nar_file(number), 100), (sparse_file(number), 100)):
             if draw(st.booleans()):
                 found[name] = draw(st.sampled_from([size, size, 0, size + 1]))
     found.update(
@@ -83,7 +83,11 @@ def disk(draw: st.DrawFn) -> tuple[list[FileRow], list[FoundFile], list[Unsynced
     doubtful = [
         Unsynced(number, kind, serial)
         for serial, (number, kind) in enumerate(
-            draw(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(["nar", "tree"])), unique=True))
+            draw(
+                st.lists(
+                    st.tuples(st.integers(1, 9), st.sampled_from(["nar", "sparse", "tree"])), unique=True
+                )
+            )
         )
     ]
     return rows, [FoundFile(name, size) for name, size in found.items()], doubtful
@@ -102,15 +106,17 @@ def test_after_recovery_rows_and_files_agree(
     reset = {(step.number, step.kind) for step in steps if isinstance(step, Reset)}
     wanted = {}
     for path in rows:
-        if path.has_tree and (path.number, "tree") not in reset:
+        if path.tree and (path.number, "tree") not in reset:
             wanted[tree_file(path.number)] = path.tree_size
-        if path.nar and (path.number, "nar") not in reset:
+        if path.nar == NarState.WHOLE and (path.number, "nar") not in reset:
             wanted[nar_file(path.number)] = path.nar_size
+        if path.nar == NarState.SPARSE and (path.number, "sparse") not in reset:
+            wanted[sparse_file(path.number)] = path.nar_size
     assert left == wanted
     rehashed = {(step.number, step.kind) for step in steps if isinstance(step, Rehash)}
-    assert sum(100 for _, kind in rehashed if kind == "nar") <= budget
+    assert sum(100 for _, kind in rehashed if kind != "tree") <= budget
     for file in doubtful:  # nothing doubtful is kept without a look
-        name = (nar_file if file.kind == "nar" else tree_file)(file.number)
+        name = {"nar": nar_file, "sparse": sparse_file, "tree": tree_file}[file.kind](file.number)
         assert name not in left or (file.number, file.kind) in rehashed
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from veneer.cache.cache import Cache
 from veneer.cache.chunk_maps import ChunkMaps
 from veneer.cache.index import PathRow, TreeState
-from veneer.cache.nars import PART, IncomingNar, VerifiedNar
-from veneer.formats.tree_index import encode_tree
+from veneer.cache.nars import IncomingNar, VerifiedNar
+from veneer.formats.tree_index import encode_tree, part_file
 from veneer.model.hashes import Hash
 from veneer.model.store_path import StorePath
 from veneer.model.tree import RegularFile
@@ -110,5 +110,5 @@ def ready_file(cache: Cache, ready: Ready) -> Path:
     whole, sparse = cache.nars.files(ready.number)
     if ready.whole:
         return whole
-    files = (sparse, whole.with_name(whole.name + PART), whole)
+    files = (sparse, cache.root / part_file(ready.number), whole)
     return next(file for file in files if file.exists() and file.stat().st_ino == ready.inode)

@@ -24,6 +24,7 @@ from veneer.model.store_path import StorePath
 from . import directory, eviction, recovery
 from .database import DamagedIndexError, checkpoint, damage_mark
 from .index import Index, Unsynced
+from .kinds import KINDS
 from .nars import Nars
 from .trees import Trees
 
@@ -72,7 +73,7 @@ class SyncBatch:
             for file in self.files:
                 if not go_on():
                     break
-                at = self.root / recovery.NAMES[file.kind](file.number)
+                at = self.root / KINDS[file.kind].file(file.number)
                 try:
                     version = _sync(at, os.fdatasync)
                 except OSError as error:

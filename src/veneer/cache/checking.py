@@ -1,7 +1,7 @@
 """``veneer cache verify``: everything in the cache is read and compared with what it should be; what is not is dropped.
 
 V1  SQLite finds nothing wrong with the index. Otherwise no row is believed: the check ends, and the index is begun anew.
-V2  Every file that a row promises is there, is what ``KINDS`` says of its kind, and can be read from the disk.
+V2  Every file that a row promises is there, is what ``kinds`` says of its kind, and can be read from the disk.
 V3  Every other file is being written by a download, or goes.
 V4  Dropping is done on the index's thread, and only where file and row are still those that were examined: a daemon
     that goes on meanwhile may have evicted or fetched them. First the file, then the row.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import os
 import sqlite3
@@ -29,31 +28,27 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from veneer.formats.tree_index import TreeIndex, nar_file, sparse_file, tree_file
-from veneer.model.errors import CacheError, FormatError
+from veneer.model.errors import CacheError
 from veneer.model.store_path import StorePath
 
 from . import directory
 from .cache import Cache
-from .chunk_maps import ChunkMap, ChunkMaps
 from .database import DamagedIndexError, damage_mark
 from .directory import PUBLISHED, cache_error
 from .index import Index, NarState, PathRow, TreeState
+from .kinds import KINDS, Kind, Read
 
 BATCH = 256
 SHOWN = 1000
 BUSY_TRIES = 10
 BUSY_SECONDS = 0.5
 """Files that are being written are looked at again so often, so much later."""
-_PIECE = 1 << 20
 _UNREADABLE = (errno.EIO, errno.EUCLEAN, errno.ENODATA, errno.EBADMSG)
 """What a disk says of a file that it has lost; anything else is said of us or of the whole file system."""
 _STRAY_NUMBER = 12
 
-Read = Callable[[int], None]
-"""Told each number of bytes that was read, from the thread that reads; may raise to end the check."""
 Work = Callable[[], Any]
 
 
@@ -122,85 +117,6 @@ class Report:
                 for finding, dropped in self.findings
             ],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A file that a row may promise.
-
-    ``examine(file, row, known, read)``: what is wrong with the open file's content, "" if nothing is; in any thread.
-    ``known``: what it needs of the index, from ``look_up``, which runs on the index's thread.
-    """
-
-    name: str
-    file: Callable[[int], str]
-    promised: Callable[[PathRow], bool]
-    size: Callable[[PathRow], int | None]
-    look_up: Callable[[Index, PathRow], Any]
-    examine: Callable[[IO[bytes], PathRow, Any, Read], str]
-
-
-def _wrong_nar(file: IO[bytes], row: PathRow, known: None, read: Read) -> str:
-    hasher = row.nar_hash.hasher()
-    while piece := file.read(_PIECE):
-        hasher.update(piece)
-        read(len(piece))
-    return "" if hasher.digest() == row.nar_hash.digest else "its hash is not the signed one"
-
-
-def _wrong_tree(file: IO[bytes], row: PathRow, generation: bytes, read: Read) -> str:
-    data = file.read()
-    read(len(data))
-    try:
-        tree = TreeIndex(data)
-        tree.verify()
-    except FormatError as error:
-        return error.what
-    if tree.generation != generation:
-        return "it belongs to another index"
-    if (tree.number, tree.nar_hash, tree.nar_size) != (row.number, row.nar_hash.digest, row.nar_size):
-        return "it belongs to another path"
-    return ""
-
-
-def _wrong_chunk(file: IO[bytes], row: PathRow, known: ChunkMap | None, read: Read) -> str:
-    if known is None or known.present is None:
-        return "nothing says which of its chunks are there"
-    for chunk, here in zip(known.chunks, known.present, strict=True):
-        if here:
-            data = os.pread(file.fileno(), chunk.size, chunk.offset)
-            read(len(data))
-            if hashlib.sha256(data).digest() != chunk.digest:
-                return f"the chunk at {chunk.offset} is not the signed one"
-    return ""
-
-
-KINDS = (
-    Kind(
-        "tree",
-        tree_file,
-        lambda row: row.tree is not TreeState.NONE,
-        lambda row: row.tree_size or None,
-        lambda index, row: index.generation,
-        _wrong_tree,
-    ),
-    Kind(
-        "nar",
-        nar_file,
-        lambda row: row.nar is NarState.WHOLE,
-        lambda row: row.nar_size,
-        lambda index, row: None,
-        _wrong_nar,
-    ),
-    Kind(
-        "sparse",
-        sparse_file,
-        lambda row: row.nar is NarState.SPARSE,
-        lambda row: row.nar_size,
-        lambda index, row: ChunkMaps(index).get(row.number),
-        _wrong_chunk,
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,18 +248,26 @@ def mark_damaged(root: Path) -> None:
 # -- in any thread
 
 
-def _todo(index: Index, rows: list[PathRow]) -> list[tuple[PathRow, Kind, Any]]:
-    return [(row, kind, kind.look_up(index, row)) for row in rows for kind in KINDS if kind.promised(row)]
+_Todo = tuple[PathRow, str, Kind, Any]
 
 
-def _examine(root: Path, todo: list[tuple[PathRow, Kind, Any]], read: Read) -> list[Finding]:
-    found = (_examined(root, row, kind, known, read) for row, kind, known in todo)
+def _todo(index: Index, rows: list[PathRow]) -> list[_Todo]:
+    return [
+        (row, name, kind, kind.look_up(index, row))
+        for row in rows
+        for name, kind in KINDS.items()
+        if kind.promised(row)
+    ]
+
+
+def _examine(root: Path, todo: list[_Todo], read: Read) -> list[Finding]:
+    found = (_examined(root, *what, read) for what in todo)
     return [finding for finding in found if finding is not None]
 
 
-def _examined(root: Path, row: PathRow, kind: Kind, known: Any, read: Read) -> Finding | None:
+def _examined(root: Path, row: PathRow, called: str, kind: Kind, known: Any, read: Read) -> Finding | None:
     name = kind.file(row.number)
-    about = partial(Finding, kind=kind.name, name=name, number=row.number, store_path=row.store_path)
+    about = partial(Finding, kind=called, name=name, number=row.number, store_path=row.store_path)
     identity = None
     try:
         identity = _identity(root / name)
@@ -427,7 +351,7 @@ def _is_wanted(index: Index, name: str, busy: Set[int]) -> bool:
     return (
         row is not None
         and not row.quarantined
-        and any(kind.promised(row) and kind.file(number) == name for kind in KINDS)
+        and any(kind.promised(row) and kind.file(number) == name for kind in KINDS.values())
     )
 
 
@@ -457,7 +381,7 @@ def _settle(
             size = _size(file)
             if finding.number:
                 row = index.path(finding.number)
-                if row is None or not any(k.name == finding.kind and k.promised(row) for k in KINDS):
+                if row is None or not KINDS[finding.kind].promised(row):
                     continue
                 if finding.number in being_written and not anyway:
                     later.add(finding.number)
@@ -473,7 +397,7 @@ def _settle(
             if finding.fault is Fault.WRONG:
                 index.replace_path(finding.number, clock())
                 notices.condemned(finding)
-                for file in (root / kind.file(finding.number) for kind in KINDS):
+                for file in (root / kind.file(finding.number) for kind in KINDS.values()):
                     file.unlink(missing_ok=True)
                 index.forget_files(trees=[finding.number], nars=[finding.number])
             else:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.formats.chunk_map import Chunk
-from veneer.formats.tree_index import nar_file, sparse_file
+from veneer.formats.tree_index import nar_file, part_file, sparse_file
 from veneer.model.errors import CacheError, CacheFullError
 from veneer.model.hashes import Hash
 
@@ -35,7 +35,6 @@ from .directory import cache_error, make_parent, rename_published
 from .index import Index, NarState
 from .sparse import SparseNar
 
-PART = ".part"
 Bytes = bytes | bytearray | memoryview
 KEPT_QUARANTINED = 4
 """Files kept in ``quarantine/`` for a look at what a source served."""
@@ -144,12 +143,12 @@ class Nars:
     def partial(self, number: int, nar_size: int = 0) -> IncomingNar:
         """A file for a deferred download, readable by mount servers while it grows."""
         self._room(nar_size)
-        path = self.path(number)
+        path = self._root / part_file(number)
         try:
             make_parent(path)
         except OSError as error:
             raise cache_error(error, path.parent, "write to") from error
-        nar = IncomingNar(path.with_name(path.name + PART), number, 0o444)
+        nar = IncomingNar(path, number, 0o444)
         self._told(number, nar.inode)
         return nar
 

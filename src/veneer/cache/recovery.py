@@ -18,26 +18,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.formats.tree_index import TreeIndex, nar_file, sparse_file, tree_file
-from veneer.model.errors import FormatError
-
-from .chunk_maps import ChunkMaps
 from .directory import PUBLISHED, cache_error
-from .index import FileRow, Index, NarState, Unsynced
-from .sparse import holds_its_chunks
+from .index import FileRow, Index, Unsynced
+from .kinds import KINDS
 
 REHASH_BYTES = 1 << 30
 """NAR bytes hashed at most at a start after a power loss: about a second or two."""
 SYNCED = 1
 """Modification time, in seconds, of files that were synced. Every write gives them another."""
-_PIECE = 1 << 20
-NAMES = {"nar": nar_file, "sparse": sparse_file, "tree": tree_file}
-"""Kind of a file -> its name in the cache, from the path number."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file below the cache directory. ``name`` is relative, as ``tree_file`` and ``nar_file`` give it."""
+    """A file below the cache directory. ``name`` is relative, as ``KINDS`` give it."""
 
     name: str
     size: int
@@ -53,7 +46,7 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Tell the row that it has no such file. ``kind``: "nar", "sparse" or "tree"."""
+    """Tell the row that it has no such file. ``kind``: of ``KINDS``."""
 
     number: int
     kind: str
@@ -88,40 +81,32 @@ def plan(
     wanted: set[str] = set()
     kept: dict[tuple[int, str], FileRow] = {}
     for row in rows:
-        for kind, name, right_size in _files_of(row):
-            file = found.get(name)
-            if file is None or row.quarantined or right_size not in (None, file.size):
-                steps.append(Reset(row.number, kind))
+        for name, kind in KINDS.items():
+            if not kind.promised(row):
+                continue
+            file = found.get(kind.file(row.number))
+            if file is None or row.quarantined or kind.size(row) not in (None, file.size):
+                steps.append(Reset(row.number, name))
             else:
-                wanted.add(name)
-                kept[row.number, kind] = row
+                wanted.add(file.name)
+                kept[row.number, name] = row
     # The newest are the likeliest to be wanted again.
     suspects = dict.fromkeys((file.number, file.kind) for file in reversed(list(doubtful)))
     if power_lost:
-        suspects |= dict.fromkeys(key for key in kept if not found[NAMES[key[1]](key[0])].synced)
-    for number, kind in suspects:
-        doubted = kept.get((number, kind))
+        suspects |= dict.fromkeys(key for key in kept if not found[KINDS[key[1]].file(key[0])].synced)
+    for number, name in suspects:
+        doubted = kept.get((number, name))
         if doubted is None:
             continue
-        if kind != "tree":
+        if name != "tree":
             rehash_bytes -= doubted.nar_size
-        if kind == "tree" or rehash_bytes >= 0:
-            steps.append(Rehash(number, kind))
+        if name == "tree" or rehash_bytes >= 0:
+            steps.append(Rehash(number, name))
         else:
-            wanted.discard(NAMES[kind](number))
-            steps.append(Reset(number, kind))
-    steps += [Remove(name) for name in found if name not in wanted]
+            wanted.discard(KINDS[name].file(number))
+            steps.append(Reset(number, name))
+    steps += [Remove(file) for file in found if file not in wanted]
     return steps
-
-
-def _files_of(row: FileRow) -> Iterator[tuple[str, str, int | None]]:
-    """(kind, file name, size or None for not known) of what the row says is there."""
-    if row.has_tree:
-        yield "tree", tree_file(row.number), row.tree_size or None
-    if row.nar == NarState.WHOLE:
-        yield "nar", nar_file(row.number), row.nar_size
-    elif row.nar == NarState.SPARSE:
-        yield "sparse", sparse_file(row.number), row.nar_size
 
 
 def scan(root: Path) -> Iterator[FoundFile]:
@@ -157,9 +142,9 @@ def act(root: Path, index: Index, steps: Iterable[Step]) -> None:
             elif isinstance(step, Reset):
                 resets.append(step)
             elif _is_whole(root, index, step):
-                _sync(root / NAMES[step.kind](step.number))
+                _sync(root / KINDS[step.kind].file(step.number))
             else:
-                (root / NAMES[step.kind](step.number)).unlink(missing_ok=True)
+                (root / KINDS[step.kind].file(step.number)).unlink(missing_ok=True)
                 resets.append(Reset(step.number, step.kind))
     except OSError as error:
         raise cache_error(error, error.filename or root, "repair") from error
@@ -206,17 +191,6 @@ def _is_whole(root: Path, index: Index, step: Rehash) -> bool:
     row = index.path(step.number)
     if row is None:
         return False
-    if step.kind == "sparse":
-        return holds_its_chunks(root / sparse_file(step.number), ChunkMaps(index).get(step.number))
-    with open(root / NAMES[step.kind](step.number), "rb", buffering=0) as file:
-        if step.kind == "tree":
-            try:
-                tree = TreeIndex(file.read())
-                tree.verify()
-            except FormatError:
-                return False
-            return bool(tree.number == row.number and tree.generation == index.generation)
-        hasher = row.nar_hash.hasher()
-        while piece := file.read(_PIECE):
-            hasher.update(piece)
-    return hasher.digest() == row.nar_hash.digest
+    kind = KINDS[step.kind]
+    with open(root / kind.file(step.number), "rb", buffering=0) as file:
+        return not kind.examine(file, row, kind.look_up(index, row), lambda read: None)

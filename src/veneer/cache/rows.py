@@ -53,7 +53,8 @@ class FileRow(NamedTuple):
     """What a row says about its files, for recovery (a tuple: every start makes one per path)."""
 
     number: int
-    has_tree: bool
+    tree: int
+    """A TreeState."""
     nar: int
     """A NarState."""
     tree_size: int

@@ -7,7 +7,6 @@ N5  A chunk's row (``Index.set_nar`` with ``present``) is written after its byte
 
 from __future__ import annotations
 
-import hashlib
 import os
 from bisect import bisect_right
 from operator import attrgetter
@@ -16,7 +15,6 @@ from pathlib import Path
 from veneer.formats.chunk_map import Chunk
 from veneer.model.errors import CacheError
 
-from .chunk_maps import ChunkMap
 from .directory import cache_error
 
 _offset = attrgetter("offset")
@@ -24,7 +22,7 @@ _BLOCK = 4096
 
 
 class SparseNar:
-    """Chunks of one NAR, by their ordinal. ``read`` and ``write`` in any thread; the rest on the index's."""
+    """Chunks of one NAR, by their ordinal. ``write`` in any thread; the rest on the index's."""
 
     def __init__(self, path: Path, number: int, chunks: tuple[Chunk, ...], present: bytes | None) -> None:
         """Made by ``Nars.sparse``. ``present``: those that the file at ``path`` holds; None: begin a new file."""
@@ -93,11 +91,6 @@ class SparseNar:
             last += 1
         return self.chunks[first].offset, self.chunks[last].offset + self.chunks[last].size
 
-    def read(self, ordinal: int) -> bytes:
-        """A chunk that is present. OSError."""
-        chunk = self.chunks[ordinal]
-        return os.pread(self._fd, chunk.size, chunk.offset)
-
     def write(self, ordinal: int, data: bytes) -> None:
         """The bytes of a chunk, which was verified. Present only after ``landed``. CacheFullError, CacheError."""
         at, rest = self.chunks[ordinal].offset, memoryview(data)
@@ -127,15 +120,3 @@ class SparseNar:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-
-def holds_its_chunks(path: Path, chunk_map: ChunkMap | None) -> bool:
-    """Whether every chunk that its row calls present is in the file. OSError."""
-    if chunk_map is None or chunk_map.present is None:
-        return False
-    with open(path, "rb", buffering=0) as file:
-        for chunk, here in zip(chunk_map.chunks, chunk_map.present, strict=True):
-            data = os.pread(file.fileno(), chunk.size, chunk.offset) if here else b""
-            if here and hashlib.sha256(data).digest() != chunk.digest:
-                return False
-    return True

@@ -18,7 +18,7 @@ than some 300 questions of MAX_SEARCH bytes at most.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from veneer.model.errors import FormatError, LimitError, TruncatedError
@@ -71,18 +71,6 @@ _CLASSES = {
 }
 _IDENT = 16
 _HEAD = 64
-
-
-def read_linked(read: Callable[[int, int], bytes], size: int) -> Linked | None:
-    """What ``questions`` finds, of a file of ``size`` bytes that ``read(offset, size)`` can give any part of."""
-    asking = questions(size)
-    try:
-        wanted = next(asking)
-        while True:
-            wanted = asking.send(read(*wanted))
-    except StopIteration as end:
-        found: Linked | None = end.value
-        return found
 
 
 def questions(size: int) -> Questions:

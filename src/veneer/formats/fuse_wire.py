@@ -25,7 +25,6 @@ MAJOR = 7
 MINOR = 45
 OLDEST_MINOR = 31
 """Of Linux 5.4, older than any kernel we support; with it, every struct has the size given here."""
-MIN_READ_BUFFER = 8192
 ROOT_NODE = 1
 RESENT = 1 << 63
 

@@ -18,13 +18,11 @@ own; the kernel makes this list. Who enforces what: ``parse_mountinfo`` refuses 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.model.errors import FormatError
 
 _ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
-_ESCAPED = re.compile(rb"[ \t\n\\]")
 _FIXED_FIELDS = 6
 
 
@@ -44,28 +42,10 @@ class MountInfo:
     source: bytes
     super_options: bytes
 
-    def super_option(self, name: bytes) -> bytes | None:
-        """The value of ``name=value`` among the super options, decoded; b"" for a plain flag, None when absent."""
-        for item in self.super_options.split(b","):
-            key, _, value = item.partition(b"=")
-            if key == name:
-                return _decode(value)
-        return None
-
 
 def parse_mountinfo(data: bytes) -> list[MountInfo]:
     """All mounts, in the file's order: a later one lies on top of an earlier one at the same place."""
     return [_parse_line(line, number) for number, line in enumerate(data.split(b"\n"), 1) if line]
-
-
-def write_mountinfo(mounts: Sequence[MountInfo]) -> bytes:
-    """The same text as the kernel's, for tests and for showing a plan."""
-    return b"".join(_write_line(mount) for mount in mounts)
-
-
-def find_mount(mounts: Sequence[MountInfo], mount_point: bytes) -> MountInfo | None:
-    """The visible mount at exactly this place."""
-    return next((mount for mount in reversed(mounts) if mount.mount_point == mount_point), None)
 
 
 def _parse_line(line: bytes, number: int) -> MountInfo:
@@ -98,18 +78,7 @@ def _number(text: bytes) -> int:
     return int(text)
 
 
-def _write_line(mount: MountInfo) -> bytes:
-    head = b"%d %d %d:%d" % (mount.mount_id, mount.parent_id, mount.major, mount.minor)
-    places = [_encode(mount.root), _encode(mount.mount_point), b",".join(mount.options), *mount.optional]
-    kind = [b"-", _encode(mount.fstype), _encode(mount.source), mount.super_options]
-    return b" ".join([head, *places, *kind]) + b"\n"
-
-
 def _decode(text: bytes) -> bytes:
     if b"\\" not in text:
         return text
     return _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), text)
-
-
-def _encode(text: bytes) -> bytes:
-    return _ESCAPED.sub(lambda match: b"\\%03o" % match[0][0], text)

@@ -105,13 +105,18 @@ def tree_file(number: int) -> str:
 
 
 def nar_file(number: int) -> str:
-    """Path of a whole NAR file inside the cache directory. A growing one has ``.part`` after it."""
+    """Path of a whole NAR file inside the cache directory."""
     text = f"{number:012x}"
     return f"nars/{text[-2:]}/{text}.nar"
 
 
+def part_file(number: int) -> str:
+    """Path of a NAR file that grows, from its beginning."""
+    return nar_file(number) + ".part"
+
+
 def sparse_file(number: int) -> str:
-    """Path of a NAR file of which only some parts are there."""
+    """Path of a NAR file of which only some parts are there, anywhere in it."""
     return nar_file(number) + ".sparse"
 
 

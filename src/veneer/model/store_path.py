@@ -13,7 +13,6 @@ from .errors import FormatError
 
 DEFAULT_STORE_DIR = "/nix/store"
 HASH_PART_LENGTH = 32
-MAX_NAME_LENGTH = 211
 _BASENAME = re.compile(r"([0-9abcdfghijklmnpqrsvwxyz]{32})-([A-Za-z0-9+\-._?=]{1,211})")
 _DOTS = re.compile(r"\.\.?(-|$)")
 _HASH_PART = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}")

@@ -7,7 +7,7 @@ import os
 import threading
 from bisect import bisect_right
 
-from veneer.formats.tree_index import nar_file, sparse_file
+from veneer.formats.tree_index import nar_file, part_file, sparse_file
 
 from .recent import Recent
 
@@ -126,7 +126,7 @@ class Contents:
 
     def _open_parts(self, number: int, inode: int) -> Nar | None:
         """The file that the daemon spoke of; None when there is another one by now, or none."""
-        for name in (sparse_file(number), nar_file(number) + ".part", nar_file(number)):
+        for name in (sparse_file(number), part_file(number), nar_file(number)):
             try:
                 fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
             except FileNotFoundError:

@@ -20,7 +20,7 @@ from typing import Protocol
 from veneer.cache.cache import Cache
 from veneer.cache.index import NarState
 from veneer.formats import chunk_map, elf
-from veneer.formats.tree_index import Entry, TreeIndex, nar_file, sparse_file
+from veneer.formats.tree_index import Entry, TreeIndex, nar_file, part_file, sparse_file
 from veneer.model.errors import FormatError, VeneerError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
@@ -104,8 +104,7 @@ class Libraries:
 
     def _is_program(self, number: int, offset: int, *, whole: bool) -> bool:
         """Whether these bytes look like a program's first ones. What has left memory was read long ago, and its libraries with it."""
-        name = nar_file(number)
-        for file in (name,) if whole else (sparse_file(number), name + ".part"):
+        for file in (nar_file(number),) if whole else (sparse_file(number), part_file(number)):
             try:
                 fd = os.open(f"{self._root}/{file}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:

@@ -25,7 +25,7 @@ from veneer.model.errors import CacheError
 
 
 def a_row(number: int, *, tree: int = 0, nar: int = 0, quarantined: bool = False) -> FileRow:
-    return FileRow(number, tree != 0, nar != 0, tree, 100, quarantined)
+    return FileRow(number, int(tree != 0), int(nar != 0), tree, 100, quarantined)
 
 
 def nar(number: int, size: int = 100) -> FoundFile:

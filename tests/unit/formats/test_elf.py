@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.elf_files import make_elf
-from veneer.formats.elf import MAX_NAME, MAX_NEEDED, MAX_SEGMENTS, Linked, read_linked
+from veneer.formats.elf import MAX_NAME, MAX_NEEDED, MAX_SEGMENTS, Linked, questions
 from veneer.model.errors import FormatError, LimitError, TruncatedError
 
 NAMES = st.binary(min_size=1, max_size=300).filter(lambda name: b"\0" not in name)
+
+
+def read_linked(read: Callable[[int, int], bytes], size: int) -> Linked | None:
+    """What ``questions`` finds, of a file of ``size`` bytes that ``read(offset, size)`` can give any part of."""
+    asking = questions(size)
+    try:
+        wanted = next(asking)
+        while True:
+            wanted = asking.send(read(*wanted))
+    except StopIteration as end:
+        found: Linked | None = end.value
+        return found
 
 
 def linked(data: bytes) -> Linked | None:
