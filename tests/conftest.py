@@ -7,6 +7,7 @@ unless ``VENEER_OFFLINE`` is set: then it is a skip.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -27,6 +28,8 @@ from tests.support.places import NoPlaceError
 from tests.support.sample import SampleStore, build_sample
 from tests.support.users import OtherUser, other_user
 
+_LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+
 
 def pytest_configure() -> None:
     """A run in the background (``nohup``, a shell's ``&``) ignores signals, and all that tests start would inherit that."""
@@ -43,6 +46,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root")
     if item.get_closest_marker("fuse") and not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("needs a /dev/fuse that this user may open")
+    if item.get_closest_marker("hand_over") and _LINUX < (6, 9):
+        pytest.skip("needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.caches import add_nar, add_row, files, nar_bytes, open_cache, row, tree_bytes, verified
+from tests.support.small_disk import small_disk
 from veneer.cache.index import NarState, TreeState
 from veneer.formats.tree_index import nar_file
 from veneer.model.errors import CacheError, CacheFullError
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs"),
-]
+pytestmark = pytest.mark.root
 
 MIB = 1 << 20
 
@@ -26,13 +24,8 @@ MIB = 1 << 20
 def small(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "veneer-test", str(place)]
-    if subprocess.run(mount, capture_output=True, timeout=30).returncode:
-        pytest.skip("needs the right to mount (CAP_SYS_ADMIN)")
-    try:
+    with small_disk(place, "4m"):
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=30)
 
 
 def fill(place: Path, leave: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.callers import Caller
-from tests.support.debian import DebianError
 from tests.support.faulty_http import FaultyServer
-from tests.support.nix import VERSIONS, RealNix, fetch_nix
-from tests.support.places import NoPlaceError
+from tests.support.nix import RealNix
 from tests.support.published import SECRET, closure_path, closure_text, make_closure, publish_closure
 from tests.support.sample import SampleStore
 from veneer.formats.bundle import LISTING, NARINFO, parse_bundle
@@ -25,19 +22,9 @@ ROOT = INFOS[-1].store_path
 HANDFUL = 5
 
 
-@pytest.fixture(params=list(VERSIONS), ids=list(VERSIONS.values()))
-def nix(request: pytest.FixtureRequest, open_directory: Path) -> Iterator[Callable[[], RealNix]]:
-    """Makes Nix of each version with an empty store."""
-    try:
-        programs = fetch_nix(request.param)
-    except (DebianError, NoPlaceError) as error:
-        pytest.skip(f"Nix of {request.param} cannot be fetched: {error}")
-    yield lambda: RealNix(programs, open_directory / f"nix-{secrets.token_hex(4)}")
-
-
 @pytest.mark.nix
 def test_nix_of_each_version_substitutes_what_has_a_bundle(
-    as_root: Caller, nix_cache: SampleStore, nix: Callable[[], RealNix]
+    as_root: Caller, nix_cache: SampleStore, each_nix: Callable[[], RealNix]
 ) -> None:
     as_root.use(f"file://{nix_cache.cache('xz')}", key=nix_cache.public)
     to, root = as_root.home / "published", nix_cache.paths["greet"]
@@ -48,7 +35,7 @@ def test_nix_of_each_version_substitutes_what_has_a_bundle(
     part = nix_cache.hash_part("greet")
     entries = list(parse_bundle((to / f"{part}.bundle").read_bytes(), part))
     assert {e.hash_part for e in entries} == {file.stem for file in to.glob("*.narinfo")}
-    store = nix()
+    store = each_nix()
     options = ["--option", "substituters", f"file://{to}", "--option", "substitute", "true"]
     options += ["--option", "trusted-public-keys", nix_cache.stranger_public]
     store.run("nix-store", *options, "-r", root)

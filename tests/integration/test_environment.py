@@ -34,16 +34,7 @@ from veneer.formats.request_wire import Kind
 DRIVER = Path(__file__).with_name("environment_driver.py")
 PATIENCE = 30
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.fuse,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
-    ),
-]
-
-_LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
-needs_resend = pytest.mark.skipif(_LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
+pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
 # A host with a store of its own: a copy of this one's root directory (mounts only) with a /nix in it.
 HOST_WITH_STORE = """
@@ -713,7 +704,7 @@ def kill_server(running: Running) -> None:
         wait_until_gone()
 
 
-@needs_resend
+@pytest.mark.hand_over
 @pytest.mark.parametrize("kind", [Kind.LOOKUP, Kind.CONTENT])
 def test_what_a_killed_mount_server_owed_its_successor_answers(machine: Machine, kind: Kind) -> None:
     name = machine.daemon.add("owed", {b"f": b"ours"})
@@ -733,7 +724,7 @@ def test_what_a_killed_mount_server_owed_its_successor_answers(machine: Machine,
     assert done.warnings == ["the mount server ended (killed by signal 9); another took over"]
 
 
-@needs_resend
+@pytest.mark.hand_over
 def test_the_report_has_what_all_mount_servers_told(machine: Machine) -> None:
     first = machine.daemon.add("first", {b"f": b"1" * 5000})
     second = machine.daemon.add("second", {b"f": b"2" * 7000})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,16 +26,7 @@ from tests.support.storm import (
     server_of_run,
 )
 
-_LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
-
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.fuse,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
-    ),
-    pytest.mark.skipif(_LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)"),
-]
+pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.hand_over]
 
 PATHS = 6
 SERVERS, DAEMONS = 8, 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sqlite3
 import subprocess
 import time
@@ -15,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.callers import Caller, eventually
-from tests.support.debian import DebianError
-from tests.support.nix import VERSIONS, NixError, RealNix, fetch_nix, missing_for_builds
-from tests.support.places import NoPlaceError
+from tests.support.nix import NixError, RealNix, missing_for_builds
 from tests.support.sample import EXPRESSION, SampleStore
+from tests.support.small_disk import small_disk
 from veneer.environment.nix.database import Registration, fill, registration
 from veneer.environment.nix.version import NixVersion, detect
 from veneer.formats.narinfo import parse_narinfo
@@ -71,24 +69,6 @@ def known(nix_cache: SampleStore) -> Known:
         text = nix.unpacked(absolute).read_bytes() if absolute.endswith(".drv") else None
         rows.append(registration(PathInfo(info, ("trusted-1",)), text))
     return Known(rows, derivation, cache, nix_cache)
-
-
-@pytest.fixture(scope="module", params=list(VERSIONS), ids=list(VERSIONS.values()))
-def each_nix(request: pytest.FixtureRequest, open_directory: Path) -> Callable[[], RealNix]:
-    """Makes Nix of each version with an empty store."""
-    try:
-        programs = fetch_nix(request.param)
-    except (DebianError, NoPlaceError) as error:
-        pytest.skip(f"Nix of {request.param} cannot be fetched: {error}")
-
-    def make() -> RealNix:
-        nix = RealNix(programs, open_directory / f"nix-{secrets.token_hex(4)}")
-        if request.param == "bookworm":  # its build hook is a program of its own
-            (nix.home / "build-remote").symlink_to(programs / "nix")
-            nix.environment["NIX_CONFIG"] = f"build-hook = {nix.home}/build-remote"
-        return nix
-
-    return make
 
 
 @pytest.fixture
@@ -326,13 +306,8 @@ def test_verify_on_a_mount_drops_rows_that_filling_brings_back(on_a_mount: RealN
 def small(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "veneer-test", str(place)]
-    if subprocess.run(mount, capture_output=True, timeout=30).returncode:
-        pytest.skip("needs the right to mount (CAP_SYS_ADMIN)")
-    try:
+    with small_disk(place, "256k"):
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=30)
 
 
 @pytest.mark.root

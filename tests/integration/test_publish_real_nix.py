@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from tests.support.callers import Caller, eventually
-from tests.support.debian import DebianError
-from tests.support.nix import VERSIONS, NixError, RealNix, fetch_nix
-from tests.support.places import NoPlaceError
+from tests.support.nix import NixError, RealNix
 from tests.support.sample import SampleStore
+from tests.support.small_disk import small_disk
 from tests.support.trees import differences
 from veneer.formats.chunk_map import parse_chunk_map
 from veneer.formats.narinfo import parse_narinfo
@@ -48,16 +47,6 @@ def as_root_or_us(open_directory: Path) -> Iterator[Caller]:
     caller = Caller.root(home)
     yield caller
     caller.wait_for_daemons_end()
-
-
-@pytest.fixture(scope="module", params=list(VERSIONS), ids=list(VERSIONS.values()))
-def each_nix(request: pytest.FixtureRequest, open_directory: Path) -> Callable[[], RealNix]:
-    """Makes Nix of each version with an empty store."""
-    try:
-        programs = fetch_nix(request.param)
-    except (DebianError, NoPlaceError) as error:
-        pytest.skip(f"Nix of {request.param} cannot be fetched: {error}")
-    return lambda: RealNix(programs, open_directory / f"nix-{secrets.token_hex(4)}")
 
 
 def key_file(nix_cache: SampleStore) -> tuple[Path, str]:
@@ -198,14 +187,10 @@ def test_a_killed_publisher_leaves_a_valid_cache_and_the_next_completes_it(
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
 def test_a_full_disk_is_told_and_what_was_published_stays(publisher: Caller, nix_cache: SampleStore) -> None:
     to = publisher.home / "small"
     to.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "veneer-test", str(to)]
-    if subprocess.run(mount, capture_output=True, timeout=30).returncode:
-        pytest.skip("needs the right to mount (CAP_SYS_ADMIN)")
-    try:
+    with small_disk(to, "256k"):
         (to / "ballast").write_bytes(bytes(200 << 10))
         roots = [nix_cache.paths[name] for name in sorted(nix_cache.paths)]
         failed = publisher.veneer("publish", "--to", to, "--jobs", "1", *roots)
@@ -213,8 +198,6 @@ def test_a_full_disk_is_told_and_what_was_published_stays(publisher: Caller, nix
         (to / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,size=64m", str(to)], check=True, timeout=30)
         assert publish(publisher, to, *roots)["published"]
-    finally:
-        subprocess.run(["umount", str(to)], check=True, timeout=30)
 
 
 @pytest.mark.root

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.callers import eventually
-from tests.support.debian import DebianError
-from tests.support.nix import VERSIONS, RealNix, fetch_nix
-from tests.support.places import NoPlaceError
+from tests.support.nix import RealNix
 from veneer.model.errors import SourceError
 from veneer.sources.temporary_roots import TemporaryRoots
 
@@ -23,14 +20,9 @@ GATES = ("_NIX_TEST_GC_SYNC", "_NIX_TEST_GC_SYNC_2")
 """Variables by which Nix's own tests hold its collector: it reads the file to its end before it deletes anything."""
 
 
-@pytest.fixture(params=list(VERSIONS), ids=list(VERSIONS.values()))
-def nix(request: pytest.FixtureRequest, open_directory: Path) -> RealNix:
-    """Real Nix with a store of its own."""
-    try:
-        programs = fetch_nix(request.param)
-    except (DebianError, NoPlaceError) as error:
-        pytest.skip(f"Nix of {request.param} cannot be fetched: {error}")
-    return RealNix(programs, open_directory / f"nix-{secrets.token_hex(4)}")
+@pytest.fixture
+def nix(each_nix: Callable[[], RealNix]) -> RealNix:
+    return each_nix()
 
 
 def add(nix: RealNix, text: str) -> str:

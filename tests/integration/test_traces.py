@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,6 @@ from veneer.model.store_path import StorePath
 pytestmark = [pytest.mark.root, pytest.mark.fuse]
 
 Serve = Callable[[Path], FaultyServer]
-LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 SIZE = 3_000_001
 NAMES = ("tool-1.0", "lib-1.0", "other-1.0", "named-1.0", "unused-1.0")
 
@@ -169,7 +167,7 @@ def test_the_trace_of_an_interrupted_command_is_written(
     assert in_order(decode(file.read_bytes())) == ["lib-1.0"]
 
 
-@pytest.mark.skipif(LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
+@pytest.mark.hand_over
 def test_a_killed_mount_server_loses_nothing_of_a_trace(
     caller: Caller, store: SignedCache, faulty_http: Serve
 ) -> None:
@@ -186,7 +184,7 @@ def test_a_killed_mount_server_loses_nothing_of_a_trace(
     assert [found.name for found in lib.files] == [b"a-program"]
 
 
-@pytest.mark.skipif(LINUX < (6, 9), reason="needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
+@pytest.mark.hand_over
 def test_a_trace_goes_on_when_another_version_takes_over(caller: Caller, store: SignedCache) -> None:
     caller.use(f"file://{store.directory}", key=store.key)
     file = caller.home / "t"

@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.debian import DebianError
 from tests.support.faulty_http import FaultyServer, Stall, Status
 from tests.support.nginx import Nginx, nar_requests
-from tests.support.nix import VERSIONS, NixError, RealNix, fetch_nix
-from tests.support.places import NoPlaceError
+from tests.support.nix import NixError, RealNix
 from tests.support.sample import SampleStore
 from tests.support.trees import differences
 
@@ -85,16 +83,6 @@ def serve(open_directory: Path) -> Iterator[Callable[..., ServedStore]]:
     yield start
     for each in served:
         each.stop()
-
-
-@pytest.fixture(scope="module", params=list(VERSIONS), ids=list(VERSIONS.values()))
-def each_nix(request: pytest.FixtureRequest, open_directory: Path) -> Callable[[], RealNix]:
-    """Makes Nix of each version with an empty store."""
-    try:
-        programs = fetch_nix(request.param)
-    except (DebianError, NoPlaceError) as error:
-        pytest.skip(f"Nix of {request.param} cannot be fetched: {error}")
-    return lambda: RealNix(programs, open_directory / f"nix-{secrets.token_hex(4)}")
 
 
 SSH = """\
