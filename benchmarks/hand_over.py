@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,15 +20,16 @@ from random import Random
 from typing import Any
 
 from benchmarks.support.stage import BenchError, scratch
-from tests.support.callers import Caller, read_line
+from tests.support.callers import Caller
 from tests.support.storm import (
-    READERS,
     Readable,
     kill_at_random,
     kill_daemon,
     kill_server,
     make_readable,
-    reading,
+    mounted,
+    reading_below,
+    reading_in_run,
     server_of_mount,
     server_of_run,
 )
@@ -57,7 +56,7 @@ def main() -> None:
             home = scratch(stack)
             caller = Caller.root(home)
             readable = make_readable(home / "readable", given.paths)
-            caller.use(f"file://{readable.cache.directory}", key=readable.cache.key)
+            caller.use(readable.cache.url, key=readable.cache.key)
             stack.callback(caller.wait_for_daemons_end)
             began = time.monotonic()
             found = _storm(place, caller, readable, given.servers, given.daemons)
@@ -78,34 +77,16 @@ def _storm(place: str, caller: Caller, readable: Readable, servers: int, daemons
     random = Random(servers)
     with contextlib.ExitStack() as stack:
         find: Callable[[int], int]
-        readers = [sys.executable, "-c", READERS.read_text()]
         if place == "environment":
-            process = caller.popen(caller.words("run", "--quiet", "--", *readers, readable.plan()))
-            pid, find = process.pid, server_of_run
+            reading = stack.enter_context(reading_in_run(caller, readable, "--quiet"))
+            pid, find = reading.process.pid, server_of_run
         else:
-            mount, target = _mount(caller, stack)
-            process = caller.popen([*readers, readable.plan(target)])
+            mount, target = stack.enter_context(mounted(caller))
+            reading = stack.enter_context(reading_below(target, caller, readable))
             pid, find = mount.pid, server_of_mount
-        result = stack.enter_context(reading(process))
         kill_at_random(servers, lambda: kill_server(lambda: find(pid)), random, _SERVER_PAUSE)
         kill_at_random(daemons, lambda: kill_daemon(caller), random, _DAEMON_PAUSE)
-        return result()
-
-
-def _mount(caller: Caller, stack: contextlib.ExitStack) -> tuple[subprocess.Popen[str], str]:
-    target = caller.home / "mnt"
-    target.mkdir()
-    mount = caller.popen(caller.words("mount", target), stdin=subprocess.DEVNULL)
-
-    def end() -> None:
-        mount.send_signal(signal.SIGTERM)
-        mount.communicate(timeout=30)
-
-    stack.callback(end)
-    assert mount.stderr is not None
-    if "mounted on" not in read_line(mount.stderr):
-        raise BenchError("it was not mounted")
-    return mount, str(target)
+        return reading.result()
 
 
 if __name__ == "__main__":

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import compileall
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,13 @@ import pytest
 import veneer
 from tests.support.callers import Caller, eventually, read_line
 from tests.support.storm import (
-    READERS,
     Readable,
     children,
     kill_server,
     make_readable,
-    reading,
+    mounted,
+    reading_below,
+    reading_in_run,
     server_of_mount,
     server_of_run,
 )
@@ -88,23 +86,12 @@ def of_version(caller: Caller, place: Path) -> Caller:
     return dataclasses.replace(caller, environment={**caller.environment, "PYTHONPATH": path})
 
 
-def use(caller: Caller, readable: Readable) -> None:
-    caller.use(f"file://{readable.cache.directory}", key=readable.cache.key)
-
-
 def upgrade(caller: Caller, *words: str, status: int = 0) -> dict[str, Any]:
     done = caller.veneer("upgrade", "--json", *words, sources=False)
     assert done.returncode == status, (done.stdout, done.stderr)
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
     return found
-
-
-def check(found: dict[str, Any]) -> None:
-    assert found["errors"] == []
-    assert found["wrong"] == []
-    assert found["reads"] > 0
-    print(f"{found['reads']} reads, longest {found['longest']:.2f} s")
 
 
 def keeper_of(run: int) -> int:
@@ -116,14 +103,12 @@ def keeper_of(run: int) -> int:
 def test_readers_in_an_environment_do_not_notice_upgrades(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(caller, readable)
+    caller.use(readable.cache.url, key=readable.cache.key)
     versions = [of_version(caller, make_version(f"1.{n}")) for n in (0, 1)]
-    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
-    process = versions[0].popen(versions[0].words("run", "--", *readers))
-    with reading(process) as result:
-        keeper = keeper_of(process.pid)
+    with reading_in_run(versions[0], readable) as reading:
+        keeper = keeper_of(reading.process.pid)
         for n in range(1, UPGRADES + 1):
-            server = server_of_run(process.pid)
+            server = server_of_run(reading.process.pid)
             found = upgrade(versions[n % 2])
             (row,), (daemon,) = found["running"], found["daemons"]
             assert (row["state"], row["before"], row["version"]) == (
@@ -132,42 +117,35 @@ def test_readers_in_an_environment_do_not_notice_upgrades(
                 f"1.{n % 2}",
             )
             assert (daemon["state"], daemon["version"]) == ("upgraded", f"1.{n % 2}")
-            assert row["pid"] == keeper == keeper_of(process.pid)
-            assert server_of_run(process.pid) not in (0, server)
+            assert row["pid"] == keeper == keeper_of(reading.process.pid)
+            assert server_of_run(reading.process.pid) not in (0, server)
             assert str(make_version(f"1.{n % 2}")) in Path(f"/proc/{keeper}/environ").read_text()
-            kill_server(lambda: server_of_run(process.pid))  # the new keeper keeps
-        found = result()
-    check(found)
-    assert found["said"].count("another took over") == UPGRADES
+            kill_server(lambda: server_of_run(reading.process.pid))  # the new keeper keeps
+        said = reading.check()
+    assert said.count("another took over") == UPGRADES
     assert list((caller.home / "environments").iterdir()) == []
 
 
 def test_readers_of_a_mount_do_not_notice_upgrades(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(as_root, readable)
+    as_root.use(readable.cache.url, key=readable.cache.key)
     versions = [of_version(as_root, make_version(f"1.{n}")) for n in (0, 1)]
-    with mounted(versions[0]) as (mount, target):
-        readers = [sys.executable, "-c", READERS.read_text(), readable.plan(str(target))]
-        with reading(as_root.popen(readers)) as result:
-            for n in range(1, UPGRADES + 1):
-                found = upgrade(versions[n % 2])
-                (row,), (daemon,) = found["running"], found["daemons"]
-                assert (row["kind"], row["place"], row["pid"]) == ("mount", str(target), mount.pid)
-                assert (row["state"], row["version"]) == ("upgraded", f"1.{n % 2}")
-                assert (daemon["state"], daemon["version"]) == ("upgraded", f"1.{n % 2}")
-                kill_server(lambda: server_of_mount(mount.pid))
-            found = result()
-        check(found)
-        mount.send_signal(signal.SIGTERM)
-        assert mount.wait(20) == 0
-    assert str(target) not in Path("/proc/self/mountinfo").read_text()
+    with mounted(versions[0]) as (mount, target), reading_below(target, as_root, readable) as reading:
+        for n in range(1, UPGRADES + 1):
+            found = upgrade(versions[n % 2])
+            (row,), (daemon,) = found["running"], found["daemons"]
+            assert (row["kind"], row["place"], row["pid"]) == ("mount", str(target), mount.pid)
+            assert (row["state"], row["version"]) == ("upgraded", f"1.{n % 2}")
+            assert (daemon["state"], daemon["version"]) == ("upgraded", f"1.{n % 2}")
+            kill_server(lambda: server_of_mount(mount.pid))
+        reading.check()
 
 
 def test_a_named_environment_is_upgraded_by_name_and_ls_says_so(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(caller, readable)
+    caller.use(readable.cache.url, key=readable.cache.key)
     old, new = (of_version(caller, make_version(f"1.{n}")) for n in (0, 1))
     for name in ("one", "two"):
         done = old.veneer("up", name)
@@ -199,13 +177,11 @@ def versions_in_ls(caller: Caller) -> dict[str, str]:
 def test_a_version_that_cannot_serve_leaves_the_old_one_running(
     caller: Caller, readable: Readable, make_version: MakeVersion, broken: str
 ) -> None:
-    use(caller, readable)
+    caller.use(readable.cache.url, key=readable.cache.key)
     old = of_version(caller, make_version("1.0"))
     new = of_version(caller, make_version(f"1.{broken}", broken))
-    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
-    process = old.popen(old.words("run", "--", *readers))
-    with reading(process) as result:
-        keeper = keeper_of(process.pid)
+    with reading_in_run(old, readable) as reading:
+        keeper = keeper_of(reading.process.pid)
         (row,) = upgrade(new, status=1)["running"]
         assert (row["state"], row["version"]) == ("refused", "1.0")
         said = {
@@ -215,25 +191,22 @@ def test_a_version_that_cannot_serve_leaves_the_old_one_running(
             "format": "the running one has version 1 of the session format, this program 2",
         }
         assert said[broken] in row["why"]
-        assert keeper_of(process.pid) == keeper
-        eventually(lambda: server_of_run(process.pid))
+        assert keeper_of(reading.process.pid) == keeper
+        eventually(lambda: server_of_run(reading.process.pid))
         assert [row["state"] for row in upgrade(old)["running"]] == ["current"]
-        found = result()
-    check(found)
+        reading.check()
 
 
 def test_files_replaced_in_place_are_taken_up_when_they_serve(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(caller, readable)
+    caller.use(readable.cache.url, key=readable.cache.key)
     place = make_version(f"2.0-{'root' if caller.is_root else 'user'}")
     own = of_version(caller, place)
     server = place / "veneer" / "mount" / "server.py"
     name, (_, good, broken) = place.name.removeprefix("version-"), BREAKAGES["start"]
-    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
     old = of_version(caller, make_version("1.0"))
-    process = old.popen(old.words("run", "--", *readers))
-    with reading(process) as result:
+    with reading_in_run(old, readable) as reading:
         assert [row["state"] for row in upgrade(own)["running"]] == ["upgraded"]
         _replace(server, good, broken)
         _replace(place / "veneer" / "__init__.py", name, "2.1")
@@ -243,37 +216,33 @@ def test_files_replaced_in_place_are_taken_up_when_they_serve(
         _replace(place / "veneer" / "__init__.py", "2.1", "2.2")
         (row,) = upgrade(own)["running"]
         assert (row["state"], row["before"], row["version"]) == ("upgraded", name, "2.2")
-        found = result()
-    check(found)
+        reading.check()
 
 
 def test_a_keeper_that_cannot_begin_becomes_the_one_before(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(caller, readable)
+    caller.use(readable.cache.url, key=readable.cache.key)
     old, new = (
         of_version(caller, make_version(version, broken))
         for version, broken in (("1.0", ""), ("1.keeper", "keeper"))
     )
-    readers = [caller.python, "-c", READERS.read_text(), readable.plan()]
-    process = old.popen(old.words("run", "--", *readers))
-    with reading(process) as result:
-        keeper = keeper_of(process.pid)
+    with reading_in_run(old, readable) as reading:
+        keeper = keeper_of(reading.process.pid)
         (row,) = upgrade(new, status=1)["running"]
         assert "the new keeper cannot begin; the one before goes on" in row["why"]
         assert [(row["state"], row["pid"], row["before"]) for row in upgrade(old)["running"]] == [
             ("current", keeper, "1.0")
         ]
-        kill_server(lambda: server_of_run(process.pid))
-        found = result()
-    check(found)
-    assert found["said"].count("another took over") == 1
+        kill_server(lambda: server_of_run(reading.process.pid))
+        said = reading.check()
+    assert said.count("another took over") == 1
 
 
 def test_a_daemon_that_somebody_else_looks_after_is_left_to_him(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(as_root, readable)
+    as_root.use(readable.cache.url, key=readable.cache.key)
     old = of_version(as_root, make_version("1.0"))
     daemon = old.popen(old.words("daemon"), stdin=subprocess.DEVNULL)
     try:
@@ -290,7 +259,7 @@ def test_a_daemon_that_somebody_else_looks_after_is_left_to_him(
 def test_a_mount_keeps_its_server_when_the_new_one_cannot_serve(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(as_root, readable)
+    as_root.use(readable.cache.url, key=readable.cache.key)
     with mounted(of_version(as_root, make_version("1.0"))) as (mount, target):
         for broken in BREAKAGES:
             found = upgrade(of_version(as_root, make_version(f"1.{broken}", broken)), status=1)
@@ -302,7 +271,7 @@ def test_a_mount_keeps_its_server_when_the_new_one_cannot_serve(
 def test_a_daemon_that_cannot_start_leaves_the_old_one_running(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
-    use(as_root, readable)
+    as_root.use(readable.cache.url, key=readable.cache.key)
     place = make_version("1.daemon")
     (place / "veneer" / "daemon" / "run.py").write_text("raise ImportError('no daemon')\n")
     with mounted(of_version(as_root, make_version("1.0"))) as (_, target):
@@ -320,22 +289,3 @@ def test_nothing_runs_and_that_is_said(as_root: Caller) -> None:
     assert done.returncode == 0, done.stderr
     assert "nothing runs" in done.stderr
     assert upgrade(as_root)["running"] == []
-
-
-@contextlib.contextmanager
-def mounted(caller: Caller) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A ``veneer mount`` and where it is."""
-    target = caller.home / "mnt"
-    target.mkdir()
-    mount = caller.popen(caller.words("mount", target), stdin=subprocess.DEVNULL)
-    try:
-        assert mount.stderr is not None
-        assert "mounted on" in read_line(mount.stderr)
-        yield mount, target
-    finally:
-        if mount.poll() is None:
-            mount.terminate()
-        mount.wait(20)
-        for pipe in (mount.stdout, mount.stderr):
-            if pipe is not None:
-                pipe.close()

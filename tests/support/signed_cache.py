@@ -132,6 +132,10 @@ class SignedCache:
     def key(self) -> str:
         return str(self.secret.public_key())
 
+    @property
+    def url(self) -> str:
+        return f"file://{self.directory}"
+
     def file(self, name: str, kind: str) -> str:
         """The path of a request for the narinfo, ls or nar of a store path."""
         info = self.infos[name]

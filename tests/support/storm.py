@@ -69,25 +69,79 @@ def make_readable(directory: Path, paths: int) -> Readable:
     return Readable(SignedCache(directory, made), digests, tops, [f"{top}/echo" for top in tops])
 
 
-@contextlib.contextmanager
-def reading(process: subprocess.Popen[str]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """While ``process``, which runs ``readers.py``, reads. Gives a function that ends it and returns its result."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """``readers.py`` at work in ``process``."""
 
-    def result() -> dict[str, Any]:
-        out, said = process.communicate(timeout=60)
-        assert process.returncode == 0, said
+    process: subprocess.Popen[str]
+
+    def result(self) -> dict[str, Any]:
+        """What the readers found, who end now, and ``said``: what the process wrote to standard error."""
+        out, said = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, said
         found = json.loads(out.splitlines()[-1])
         assert isinstance(found, dict)
         return {**found, "said": said}
 
+    def check(self, more_than: int = 0) -> str:
+        """The readers end; they noticed nothing, in more than so many reads. What the process said."""
+        found = self.result()
+        assert found["errors"] == []
+        assert found["wrong"] == []
+        assert found["reads"] > more_than
+        print(f"{found['reads']} reads, longest {found['longest']:.2f} s")
+        return str(found["said"])
+
+
+@contextlib.contextmanager
+def reading_in_run(caller: Caller, readable: Readable, *options: str) -> Iterator[Reading]:
+    """Readers in a ``veneer run`` with ``options``, whose process is the one of the reading."""
+    words = [caller.python, "-c", READERS.read_text(), readable.plan()]
+    with _reading(caller.popen(caller.words("run", *options, "--", *words))) as reading:
+        yield reading
+
+
+@contextlib.contextmanager
+def reading_below(target: Path, caller: Caller, readable: Readable) -> Iterator[Reading]:
+    """Readers of the store that is mounted at ``target``."""
+    words = [caller.python, "-c", READERS.read_text(), readable.plan(str(target))]
+    with _reading(caller.popen(words)) as reading:
+        yield reading
+
+
+@contextlib.contextmanager
+def _reading(process: subprocess.Popen[str]) -> Iterator[Reading]:
     try:
         assert process.stdout is not None
         assert read_line(process.stdout, 60) == "reading\n"
-        yield result
+        yield Reading(process)
     finally:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@contextlib.contextmanager
+def mounted(caller: Caller) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A ``veneer mount`` and where it is. If it still runs after the block, it ends well; it is unmounted in any case."""
+    target = caller.home / "mnt"
+    target.mkdir()
+    mount = caller.popen(caller.words("mount", target), stdin=subprocess.DEVNULL)
+    try:
+        assert mount.stderr is not None
+        assert "mounted on" in read_line(mount.stderr)
+        yield mount, target
+        if mount.poll() is None:
+            mount.terminate()
+            assert mount.wait(30) == 0
+    finally:
+        if mount.poll() is None:
+            mount.terminate()
+        mount.wait(30)
+        for pipe in (mount.stdout, mount.stderr):
+            if pipe is not None:
+                pipe.close()
+    assert str(target) not in Path("/proc/self/mountinfo").read_text()
 
 
 def children(pid: int) -> list[int]:
