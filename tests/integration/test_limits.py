@@ -13,7 +13,7 @@ from tests.support.callers import Caller, eventually
 from tests.support.faulty_http import FaultyServer, Stall
 from tests.support.published_cache import PublishedCache
 from tests.support.signed_cache import SignedCache, make_path
-from tests.unit.store.test_store_behaviour import Bench, run
+from tests.support.store_bench import Bench, run
 from veneer.store.store import STREAM_BYTES, Limits, Store
 
 

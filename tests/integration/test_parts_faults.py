@@ -24,7 +24,7 @@ from tests.support.faulty_http import (
 )
 from tests.support.published_cache import PublishedCache
 from tests.support.signed_cache import MadePath, make_path
-from tests.unit.store.test_store_behaviour import Bench, run
+from tests.support.store_bench import Bench, run
 from veneer.formats.seekable_zstd import FOOTER_SIZE
 from veneer.model.errors import VeneerError
 from veneer.store.views import View

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.daemon.test_worker_process import GOLDEN, TEXT
+from tests.support.golden import KEY, PATHS, url
 from veneer.cache.cache import Cache
 from veneer.cache.directory import wait_until_free
 from veneer.daemon import run
@@ -18,10 +18,18 @@ from veneer.daemon import run
 
 def test_a_cache_that_is_opened_on_another_boot_is_not_read_again(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    key = (GOLDEN / "key.public").read_text().strip()
-    sources = ["--cache", f"file://{GOLDEN}/zstd", "--trusted-public-key", key]
+    sources = ["--cache", url("zstd"), "--trusted-public-key", KEY]
     done = subprocess.run(
-        [sys.executable, "-m", "veneer.cli.main", "fetch", *sources, "--cache-dir", str(cache), TEXT],
+        [
+            sys.executable,
+            "-m",
+            "veneer.cli.main",
+            "fetch",
+            *sources,
+            "--cache-dir",
+            str(cache),
+            PATHS["text"].absolute(),
+        ],
         capture_output=True,
         text=True,
         timeout=60,

@@ -12,17 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.golden import KEY, PATHS, url
 from tests.support.worker_client import WorkerClient
 from veneer.cli.client import Client, connect
 from veneer.formats import worker_wire as wire
 from veneer.model.errors import VeneerError
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-VIEW: dict[str, object] = {
-    "sources": [{"url": f"file://{GOLDEN}/zstd"}],
-    "keys": [(GOLDEN / "key.public").read_text().strip()],
-}
-TEXT = json.loads((GOLDEN / "paths.json").read_text())["text"]
+VIEW: dict[str, object] = {"sources": [{"url": url("zstd")}], "keys": [KEY]}
+TEXT = PATHS["text"].absolute()
 
 
 def start(cache: Path, *options: str) -> subprocess.Popen[bytes]:

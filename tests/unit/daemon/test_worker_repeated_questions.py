@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.golden import FOREIGN
 from tests.support.worker_client import RefusedError, WorkerClient, encode_request
-from tests.unit.daemon.test_worker_sockets import FOREIGN, NOWHERE, PATHS, Daemon, aside, run
+from tests.unit.daemon.test_worker_sockets import NOWHERE, PATHS, Daemon, aside, run
 from veneer.daemon.worker_replies import Replies
 from veneer.formats import worker_wire as wire
 from veneer.model.hashes import Hash

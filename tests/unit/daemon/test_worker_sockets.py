@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import socket
 import stat
@@ -13,7 +12,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.support import golden
 from tests.support.caches import Clock, open_cache
+from tests.support.golden import FOREIGN, GOLDEN, KEY
 from tests.support.worker_client import EndedError, RefusedError, WorkerClient, client_hello, encode_request
 from veneer.cache.cache import Cache
 from veneer.daemon import worker
@@ -29,13 +30,10 @@ from veneer.model.store_path import StorePath
 from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import ViewConfig
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-KEY = (GOLDEN / "key.public").read_text().strip()
-FOREIGN = "other-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
-PATHS: dict[str, str] = {
-    name: text
-    for name, text in json.loads((GOLDEN / "paths.json").read_text()).items()
-    if (GOLDEN / "zstd" / f"{StorePath.parse_absolute(text).hash_part}.narinfo").exists()
+PATHS = {
+    name: path.absolute()
+    for name, path in golden.PATHS.items()
+    if (GOLDEN / "zstd" / f"{path.hash_part}.narinfo").exists()
 }
 NOWHERE = "/nix/store/00000000000000000000000000000000-nowhere"
 T = TypeVar("T")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.callers import eventually
-from tests.unit.store.test_store_behaviour import PATHS, Bench, copy_of, run, url
+from tests.support.golden import PATHS, copy_of, url
+from tests.support.store_bench import Bench, run
 from veneer.cache.index import TreeState
 from veneer.store import big_listings, trees
 

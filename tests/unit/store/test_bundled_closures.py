@@ -12,7 +12,7 @@ import pytest
 from tests.support.callers import eventually
 from tests.support.faulty_http import Body, Fault, FaultyServer, Reset, Stall, Status
 from tests.support.published import SECRET, closure_path, make_closure, publish_closure
-from tests.unit.store.test_store_behaviour import Bench, run
+from tests.support.store_bench import Bench, run
 from veneer.daemon.compose import build_view
 from veneer.daemon.worker_paths import KnownPaths
 from veneer.formats.bundle import CHUNKS, LISTING, NARINFO, Entry, parse_bundle, write_bundle
@@ -50,10 +50,6 @@ def source_of(view: View) -> RememberedSource:
     (source,) = view.chain.sources
     assert isinstance(source, RememberedSource)
     return source
-
-
-def stories(bench: Bench) -> str:
-    return "\n".join(f"{story.path}: {story.text}" for story in bench.store.stories.rows())
 
 
 def over_http(
@@ -97,7 +93,7 @@ def test_a_closure_and_its_listings_come_in_two_requests(tmp_path: Path, place: 
         assert server.count() == 2, server.seen
         await everything(bench, view)
         assert server.count() == 2 + COUNT
-        assert stories(bench) == ""
+        assert bench.stories() == ""
 
     over_http(tmp_path, place, body)
 
@@ -259,7 +255,7 @@ def test_a_bundle_that_is_wrong_anywhere_is_told_and_not_used(
         await everything(bench, view)
         assert (server.count(f"*{NARINFO}"), server.count(f"*{LISTING}")) == (COUNT, COUNT)
         assert server.count(BUNDLE) == 1
-        assert BUNDLE in stories(bench)
+        assert BUNDLE in bench.stories()
 
     over_http(tmp_path, place, body)
 
@@ -272,7 +268,7 @@ def test_a_bundle_that_cannot_be_had_is_told_and_done_without(
         server.fail(BUNDLE, fault)
         await everything(bench, view)
         assert server.count(f"*{NARINFO}") == COUNT
-        assert BUNDLE in stories(bench)
+        assert BUNDLE in bench.stories()
 
     over_http(tmp_path, place, body)
 
@@ -285,7 +281,7 @@ def test_a_bundle_beyond_the_limit_is_not_read(
     async def body(bench: Bench, view: View, server: FaultyServer) -> None:
         await everything(bench, view)
         assert server.count(f"*{NARINFO}") == COUNT
-        assert BUNDLE in stories(bench)
+        assert BUNDLE in bench.stories()
 
     over_http(tmp_path, place, body)
 
@@ -308,7 +304,7 @@ def test_a_narinfo_in_it_that_nobody_signed_is_asked_for_by_itself(tmp_path: Pat
         server.fail(BUNDLE, changed(place, resigned))
         await everything(bench, view)
         assert server.count(f"*{NARINFO}") == 3
-        assert f"{FIRST}: {FIRST} has no valid signature" in stories(bench)
+        assert f"{FIRST}: {FIRST} has no valid signature" in bench.stories()
 
     over_http(tmp_path, place, body)
 
@@ -323,7 +319,7 @@ def test_a_narinfo_in_it_whose_nar_is_not_there_is_asked_for_by_itself(tmp_path:
         server.fail(BUNDLE, changed(place, moved))
         await everything(bench, view)
         assert server.count(f"*{NARINFO}") == 2
-        assert "404" in stories(bench)
+        assert "404" in bench.stories()
 
     over_http(tmp_path, place, body)
 

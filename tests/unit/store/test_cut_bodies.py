@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.golden import GOLDEN, PATHS, copy_of, nar_file_of, url
 from tests.support.raw_http import RawServer, Request, response
-from tests.unit.store.test_store_behaviour import GOLDEN, PATHS, Bench, copy_of, nar_file_of, run, url
+from tests.support.store_bench import Bench, run
 from veneer.model.errors import FormatError, SourceError
 
 

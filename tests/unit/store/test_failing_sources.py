@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.faulty_http import Body, FaultyServer, Stall, Status
-from tests.unit.store.test_store_behaviour import GOLDEN, PATHS, Bench, run, url
+from tests.support.golden import GOLDEN, PATHS, url
+from tests.support.store_bench import Bench, run
 from veneer.model.errors import SourceError, TrustError
 
 PATH = PATHS["leaf"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,13 @@ from tests.support.elf_files import make_elf
 from tests.support.faulty_http import FaultyServer, Flipped, Stall, Status
 from tests.support.published_cache import FRAME, PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_files
-from tests.unit.store.test_store_behaviour import Bench, run
+from tests.support.store_bench import Bench, eager, run
 from veneer.cache.index import NarState, PathRow
 from veneer.model.errors import VeneerError
 from veneer.model.tree import Symlink
 from veneer.store import libraries
-from veneer.store.store import Limits, Store
 from veneer.store.views import View
 
-Body = Callable[[Bench], Awaitable[None]]
 LIBRARY = 150_000
 """Bytes of each."""
 BULK = 2_000_000
@@ -101,17 +98,6 @@ LINKED = {
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> PublishedCache:
     return PublishedCache(tmp_path_factory.mktemp("published") / "cache", world(), references=REFERENCES)
-
-
-def eager(body: Body) -> Body:
-    """With prefetching on."""
-
-    async def prefetching(bench: Bench) -> None:
-        await bench.store.close()
-        bench.store = Store(bench.cache, bench.clock, bench.notices, Limits())
-        await body(bench)
-
-    return prefetching
 
 
 async def settled() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.published_cache import FRAME, PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_path
-from tests.unit.store.test_store_behaviour import Bench, run
+from tests.support.store_bench import Bench, run
 from veneer.cache.index import NarState, PathRow
 from veneer.formats.signature import SecretKey
 from veneer.model.errors import HashMismatchError, VeneerError

@@ -17,8 +17,8 @@ import pytest
 from tests.support.caches import open_cache
 from tests.support.published_cache import PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_path
+from tests.support.store_bench import Bench, run
 from tests.unit.store.test_parts import SIZE, flipped, looked_up, read, read_of, settled, state
-from tests.unit.store.test_store_behaviour import Bench, run
 from veneer.cache.chunk_maps import ChunkMap
 from veneer.cache.index import NarState
 from veneer.cache.sparse import SparseNar

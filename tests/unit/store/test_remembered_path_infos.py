@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.store.test_store_behaviour import PATHS, Bench, run, url
+from tests.support.golden import PATHS, url
+from tests.support.store_bench import Bench, run
 from veneer.formats.signature import SecretKey
 from veneer.model.errors import NotFoundError, TrustError
 from veneer.model.store_path import StorePath

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.support import golden
+from tests.support.golden import GOLDEN, PATHS
 from veneer.cache.index import Index
 from veneer.formats.narinfo import parse_narinfo
 from veneer.formats.signature import PublicKey, SecretKey, fingerprint
@@ -18,9 +19,7 @@ from veneer.model.path_info import PathInfo, UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.store.verify import TrustPolicy, verify_path_info
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-KEY = PublicKey.parse((GOLDEN / "key.public").read_text().strip())
-PATHS = json.loads((GOLDEN / "paths.json").read_text())
+KEY = PublicKey.parse(golden.KEY)
 
 
 class CountedIndex(Index):
@@ -43,8 +42,7 @@ def index(tmp_path: Path) -> Iterator[CountedIndex]:
 @pytest.fixture
 def signed() -> UnverifiedPathInfo:
     """By real Nix."""
-    path = StorePath.parse_absolute(PATHS["text"])
-    return parse_narinfo((GOLDEN / "zstd" / f"{path.hash_part}.narinfo").read_bytes())
+    return parse_narinfo((GOLDEN / "zstd" / f"{PATHS['text'].hash_part}.narinfo").read_bytes())
 
 
 def verified(index: Index, info: UnverifiedPathInfo, *keys: PublicKey) -> PathInfo:

@@ -3,112 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import shutil
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 
-from tests.support.caches import Clock, open_cache
-from veneer.cache.cache import Cache
-from veneer.daemon.compose import build_view
-from veneer.formats.tree_index import TreeIndex
+from tests.support.golden import FOREIGN, GOLDEN, PATHS, copy_of, nar_file_of, url
+from tests.support.store_bench import Bench, eager, run
 from veneer.model.errors import HashMismatchError, SourceError, TrustError, VeneerError
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.sources.base import Meter, unmetered
 from veneer.store import access
-from veneer.store.account import Account
 from veneer.store.remembered import RememberedSource
 from veneer.store.resolve import AbsentError
-from veneer.store.store import Limits, Notices, Store
-from veneer.store.views import View, ViewConfig
-
-GOLDEN = Path(__file__).parents[2] / "golden"
-KEY = (GOLDEN / "key.public").read_text().strip()
-PATHS = {
-    name: StorePath.parse_absolute(path)
-    for name, path in json.loads((GOLDEN / "paths.json").read_text()).items()
-}
-FOREIGN = "other-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
-
-
-class Bench:
-    """A store, its cache and what it announced."""
-
-    def __init__(self, cache: Cache, clock: Clock) -> None:
-        self.cache = cache
-        self.clock = clock
-        self.dropped: list[int] = []
-        self.condemned: list[tuple[int, StorePath]] = []
-        self.present: list[StorePath] = []
-        self.notices = Notices(
-            self.dropped.append,
-            lambda number, path: self.condemned.append((number, path)),
-            self.present.append,
-        )
-        self.store = Store(cache, clock, self.notices, Limits(prefetch=False))
-        self.account = Account()
-        self.views: list[View] = []
-
-    def view(
-        self, *urls: str, keys: tuple[str, ...] = (KEY,), verify: str = "strict", ttl: float = 10.0
-    ) -> View:
-        config = ViewConfig.from_json(
-            {
-                "sources": [{"url": url, "verify": verify} for url in urls],
-                "keys": keys,
-                "negative_ttl": ttl,
-            }
-        )
-        view = build_view(config, self.cache, self.clock)
-        self.views.append(view)
-        return view
-
-    def nar(self, number: int) -> bytes:
-        return self.cache.nars.path(number).read_bytes()
-
-    def tree(self, number: int) -> TreeIndex:
-        return TreeIndex(self.cache.trees.path(number).read_bytes())
-
-
-def run(tmp_path: Path, body: Callable[[Bench], Awaitable[None]]) -> None:
-    lost: list[dict[str, object]] = []
-
-    async def main() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-        clock = Clock()
-        cache = open_cache(tmp_path / "cache", clock)
-        bench = Bench(cache, clock)
-        try:
-            await body(bench)
-        finally:
-            await bench.store.close()
-            for view in bench.views:
-                await view.close()
-            cache.close()
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-    gc.collect()  # tasks say what nobody heard when they are collected
-    assert lost == []
-
-
-def url(name: str) -> str:
-    return f"file://{GOLDEN / name}"
-
-
-def copy_of(name: str, to: Path) -> Path:
-    shutil.copytree(GOLDEN / name, to)
-    return to
-
-
-def nar_file_of(cache: Path, path: StorePath) -> Path:
-    for line in (cache / f"{path.hash_part}.narinfo").read_text().splitlines():
-        if line.startswith("URL: "):
-            return cache / line.removeprefix("URL: ")
-    raise AssertionError("narinfo without URL")
 
 
 @pytest.mark.parametrize("cache", ["none", "xz", "zstd", "zstd-without-listings"])
@@ -393,21 +302,16 @@ def test_a_session_that_asks_for_most_of_a_closure_gets_the_rest_unasked(
     monkeypatch.setattr(access, "SHARE", 0.0)
 
     async def body(bench: Bench) -> None:
-        notices = Notices(bench.dropped.append, lambda number, path: None, bench.present.append)
-        store = Store(bench.cache, bench.clock, notices, Limits())
         view = bench.view(url("zstd"))
-        try:
-            closure = await store.closure(view, [PATHS["outputs.dev"]], bench.account)
-            row = await store.lookup(view, PATHS["outputs.dev"], bench.account)
-            await store.content(view, row.number, 0, 1, bench.account)
-            while bench.cache.index.totals().nars < len(closure):
-                rest = [task for task in asyncio.all_tasks() if task.get_name() == "content ahead"]
-                assert rest, "nobody fetches the rest"
-                await asyncio.wait(rest)
-        finally:
-            await store.close()
+        closure = await bench.store.closure(view, [PATHS["outputs.dev"]], bench.account)
+        row = await bench.store.lookup(view, PATHS["outputs.dev"], bench.account)
+        await bench.store.content(view, row.number, 0, 1, bench.account)
+        while bench.cache.index.totals().nars < len(closure):
+            rest = [task for task in asyncio.all_tasks() if task.get_name() == "content ahead"]
+            assert rest, "nobody fetches the rest"
+            await asyncio.wait(rest)
 
-    run(tmp_path, body)
+    run(tmp_path, eager(body))
 
 
 def test_a_clock_that_was_set_back_does_not_prolong_an_absence(tmp_path: Path) -> None:
@@ -434,19 +338,14 @@ def test_a_closure_larger_than_the_cache_is_never_fetched_ahead(
     monkeypatch.setattr(access, "SHARE", 0.0)
 
     async def body(bench: Bench) -> None:
-        notices = Notices(bench.dropped.append, lambda number, path: None, bench.present.append)
-        store = Store(bench.cache, bench.clock, notices, Limits())
         view = bench.view(url("zstd"))
-        try:
-            await store.closure(view, [PATHS["outputs.dev"]], bench.account)
-            bench.cache.max_bytes = bench.account.closure_bytes - 1
-            row = await store.lookup(view, PATHS["outputs.dev"], bench.account)
-            await store.content(view, row.number, 0, 1, bench.account)
-            assert "content ahead" not in {task.get_name() for task in asyncio.all_tasks()}
-        finally:
-            await store.close()
+        await bench.store.closure(view, [PATHS["outputs.dev"]], bench.account)
+        bench.cache.max_bytes = bench.account.closure_bytes - 1
+        row = await bench.store.lookup(view, PATHS["outputs.dev"], bench.account)
+        await bench.store.content(view, row.number, 0, 1, bench.account)
+        assert "content ahead" not in {task.get_name() for task in asyncio.all_tasks()}
 
-    run(tmp_path, body)
+    run(tmp_path, eager(body))
 
 
 def test_what_was_opened_stays_readable_when_a_better_source_has_another_build_of_it(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.store.test_store_behaviour import GOLDEN, PATHS, Bench, copy_of, nar_file_of, run, url
+from tests.support.golden import GOLDEN, PATHS, copy_of, nar_file_of, url
+from tests.support.store_bench import Bench, run
 from veneer.cache.nars import Bytes, IncomingNar
 from veneer.daemon.compose import build_view
 from veneer.model.errors import CacheFullError, HashMismatchError, SourceError

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.unit.store.test_store_behaviour import GOLDEN, PATHS, Bench, copy_of, run, url
+from tests.support.golden import GOLDEN, PATHS, copy_of, url
+from tests.support.store_bench import Bench, run
 from veneer.cache.index import TreeState
 from veneer.sources.base import Meter, unmetered
 
