@@ -24,7 +24,8 @@ FRAME = 64 << 10
 
 
 class PublishedCache:
-    """Files below ``directory``, with frames of FRAME bytes. ``references``: name of a path -> names of paths."""
+    """Files below ``directory``, with frames of FRAME bytes. ``references``: name of a path -> names of paths.
+    ``roots``: those that have a closure bundle."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class PublishedCache:
         secret: SecretKey | None = None,
         frame_size: int = FRAME,
         references: Mapping[str, Sequence[str]] | None = None,
+        roots: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         self.secret = secret or SecretKey.generate("made-1")
@@ -62,7 +64,7 @@ class PublishedCache:
         ):
             begin_cache(target, "/nix/store")
             publisher = Publisher(target, encoder, contents, key=self.secret, jobs=2)
-            publisher.run(make_plan(infos, {}), lambda _: None)
+            publisher.run(make_plan(infos, {}, [self.paths[name].path for name in roots]), lambda _: None)
 
     @property
     def key(self) -> str:

@@ -3,7 +3,7 @@
 The document of ``veneer run --report``; times in seconds, sizes in bytes:
 
     {"command": [...], "status": int, "seconds": float,
-     "closure": {"paths": n, "bytes": n} or null    (of all paths touched; null: nobody could say)
+     "closure": {"paths": n, "bytes": n} or null    (of all paths touched; null: nobody can say yet)
      "fetched": n                                    (over the wire, metadata included)
      "requests": n, "waited": float, "touched": n,
      "prefetched": {"paths", "done", "changed", "unmatched", "skipped", "failed", "bytes": n}    (with --prefetch; `Prefetched`)
@@ -37,7 +37,7 @@ def combine(
     served, moved = _rows(mount), _rows(daemon or {})
     paths = {name: _path(served.get(name, {}), moved.get(name, {})) for name in sorted({*served, *moved})}
     closure = None
-    if daemon is not None:
+    if daemon is not None and daemon.get("closure_paths") is not None:
         closure = {"paths": number(daemon, "closure_paths"), "bytes": number(daemon, "closure_bytes")}
     return {
         "command": list(command),

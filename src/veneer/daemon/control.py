@@ -247,7 +247,10 @@ class Control:
     async def _report(
         self, session: Session, request: dict[str, object], progress: Progress
     ) -> dict[str, object]:
-        return session.account.report()
+        report = session.account.report()
+        if not self._store.knows_closure(session.view, session.account):
+            report |= {"closure_paths": None, "closure_bytes": None}
+        return report
 
     async def _remembered(
         self, session: Session, request: dict[str, object], progress: Progress

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from veneer.model.errors import VeneerError, printable
+from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
 
 from . import access
@@ -65,6 +66,10 @@ class Account:
     """Of libraries that were loaded unasked."""
     prefetched: Prefetched | None = None
     """Of the trace that was brought, as far as it is by now."""
+    traced: frozenset[StorePath] = frozenset()
+    """The paths of that trace: what will be wanted of them is known."""
+    postponed: dict[StorePath, PathInfo] | None = None
+    """While the trace is loaded: those of its paths that were looked up, of whose references nothing is asked for yet."""
 
     def ask(self, path: StorePath, nar_size: int) -> None:
         """Note that the content of ``path`` was wanted by a reader."""

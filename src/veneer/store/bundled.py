@@ -87,6 +87,9 @@ class Bundles:
         while self._size > KEPT:
             self._size -= len(self._kept.popitem(last=False)[1])
 
+    def has(self, hash_part: str, suffix: str) -> bool:
+        return (hash_part, suffix) in self._kept
+
     def take(self, hash_part: str, suffix: str) -> bytes | None:
         """A listing (plain) or chunk map, once; None: ask the source."""
         data = self._kept.pop((hash_part, suffix), None)

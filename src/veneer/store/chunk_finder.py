@@ -20,6 +20,7 @@ from veneer.sources.frames import find_frames
 from veneer.sources.nar_stream import expected_size
 
 from .account import Account
+from .remembered import RememberedSource
 from .resolve import Candidate
 from .verify import SignatureMemory, check_chunk_map
 from .views import View
@@ -75,6 +76,18 @@ class ChunkFinder:
             Chunk(f.compressed_offset, f.compressed_size, f.offset, f.size, _UNKNOWN) for f in frames
         )
         return ChunkMap(source.url, info.url, info.compression, chunks), False
+
+    def expect(self, candidate: Candidate, account: Account) -> None:
+        """Ask for the file's chunk map now: ``find`` will want it."""
+        info, source = candidate.info.info, candidate.source
+        if (
+            published.is_announced(info)
+            and info.compression == "zstd"
+            and isinstance(source, RememberedSource)
+        ):
+            source.expect_sidecar(
+                info.store_path.hash_part, published.SUFFIX, published.MAX_SIZE, account.book_metadata
+            )
 
     def _vouched(self, view: View, info: UnverifiedPathInfo, kept: ChunkMap, source_url: str) -> bool:
         """Whether the view believes a chunk map that another one may have brought.

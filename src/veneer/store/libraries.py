@@ -94,6 +94,8 @@ class Libraries:
         """A reader has what begins at ``offset`` of this NAR. Where no program begins there, this costs 4 bytes out of memory."""
         if len(self._running) >= WAITING or (number, offset) in account.linked:
             return
+        if account.traced and (row := self._cache.index.path(number)) and row.store_path in account.traced:
+            return  # what it needs is in the trace as well
         if not self._is_program(number, offset, whole=whole):
             return
         task = asyncio.create_task(

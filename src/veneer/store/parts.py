@@ -235,6 +235,13 @@ class Parts:
         self._complete_if_worth(view, part, account)
         return True
 
+    def expect(self, row: PathRow, candidate: Candidate, account: Account) -> None:
+        """Have what tells of the candidate's chunks on its way, where it will be asked for."""
+        size = expected_size(candidate.info.info)
+        is_small = size is None or size <= access.SMALL
+        if row.nar == NarState.NONE and not is_small and self._maps.get(row.number) is None:
+            self._finder.expect(candidate, account)
+
     async def whole(self, view: View, row: PathRow, account: Account) -> int | None:
         """Complete a NAR of which something is here, or in other NARs; the path number that it has then. None: stream it."""
         if row.number not in self._open and row.nar != NarState.SPARSE and not self._maps.any():

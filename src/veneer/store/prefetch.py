@@ -1,13 +1,16 @@
 """Loads what a trace tells ahead of the reads: metadata of all its paths at once, contents in order of first touch.
 
 It is background work: readers go first, its failures are stories, and it takes no more than the cache may hold. Each path
-goes through by itself, so that the first contents move while the last narinfos are asked for.
+goes through by itself, so that the first contents move while the last narinfos are asked for. A trace of at most
+PARALLEL_METADATA paths knows better than a closure bundle what is wanted: the bundle comes after it, and so does all other
+metadata of the closure; listings are asked for together with the narinfos, chunk maps together with the listings.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 
 from veneer.cache.index import NarState
 from veneer.formats import chunk_map
@@ -16,6 +19,7 @@ from veneer.model.errors import VeneerError
 from veneer.model.store_path import StorePath
 
 from .account import Account, Prefetched
+from .remembered import RememberedSource
 from .resolve import AbsentError
 from .store import Store
 from .trace_match import nar_ranges, successors
@@ -45,6 +49,7 @@ class Prefetch:
         self._metadata = asyncio.Semaphore(PARALLEL_METADATA)
         self._whole = asyncio.Semaphore(PARALLEL_WHOLE)
         self._size = 0
+        self._sources = [source for source in view.chain.sources if isinstance(source, RememberedSource)]
         self.outcome = account.prefetched = Prefetched(len(trace))
         self.failure: VeneerError | OSError | None = None
         """The first."""
@@ -61,10 +66,17 @@ class Prefetch:
             size += traced.bytes
             progress({"paths_done": done, "paths": len(self._trace), "bytes_done": size, "bytes": total})
 
-        stand_ins = await self._stand_ins()
-        async with asyncio.TaskGroup() as group:
-            for traced in self._trace:
-                group.create_task(one(traced, stand_ins.get(traced.path, traced.path)))
+        self._account.traced = frozenset(traced.path for traced in self._trace)
+        with ExitStack() as block:
+            if len(self._trace) <= PARALLEL_METADATA:
+                self._account.postponed = {}
+                block.callback(self._store.trace_ended, self._view, self._account)
+                for source in self._sources:
+                    block.enter_context(source.traced([path.hash_part for path in self._account.traced]))
+            stand_ins = await self._stand_ins()
+            async with asyncio.TaskGroup() as group:
+                for traced in self._trace:
+                    group.create_task(one(traced, stand_ins.get(traced.path, traced.path)))
         return self.outcome
 
     async def _stand_ins(self) -> dict[StorePath, StorePath]:
@@ -99,7 +111,11 @@ class Prefetch:
         """Whether it fitted."""
         store, view, account = self._store, self._view, self._account
         async with self._metadata:
-            info = await store.resolver.path_info(view, path, account)
+            self._expect_listing(path)
+            candidate = await store.resolver.best(view, path, account)
+            info = candidate.info
+            if traced.files and account.postponed is not None:
+                store.expect_parts(candidate, account)
             listed = await store.listed(view, info, account)
         if not listed:  # its tree comes with its NAR, whatever is wanted of it
             if not self._fits(info.info.nar_size):
@@ -121,6 +137,13 @@ class Prefetch:
                 is_whole = now is not None and now.nar == NarState.WHOLE
                 self._size += (row.nar_size if is_whole else wanted) - size
         return True
+
+    def _expect_listing(self, path: StorePath) -> None:
+        """Of the first source, which is the likeliest to have the path, unless its narinfo is here already."""
+        if path in self._account.traced and self._account.postponed is not None and self._sources:
+            first = self._sources[0]
+            if first.recall(path.hash_part) is None:
+                first.expect_listing(path.hash_part, self._account.book_metadata)
 
     def _ranges(self, number: int, traced: TracedPath) -> Ranges:
         """On a worker thread. FormatError also when the tree was just evicted."""

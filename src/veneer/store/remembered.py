@@ -5,15 +5,17 @@ they turn out to be of no use (``doubt``): a byte was flipped on the way, or the
 Negative answers are believed for the view's ``negative_ttl`` seconds. Concurrent questions for one hash part share one
 request. Listings are not kept here: they become tree indexes.
 
-A narinfo that announces a bundle (``bundled``) has it fetched at once, unless most of what it refers to is known. What a
-bundle says is remembered like an answer. Should it be of no use, the source itself is asked at once, not after a time.
+A narinfo that announces a bundle (``bundled``) has it fetched at once, unless most of what it refers to is known, or a trace
+told what is wanted of it (``traced``). What a bundle says is remembered like an answer. Should it be of no use, the source
+itself is asked at once, not after a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from contextlib import contextmanager
 
 from veneer.cache.index import Index
 from veneer.formats import bundle
@@ -25,6 +27,7 @@ from veneer.sources.base import Meter, Source, unmetered
 from veneer.sources.opening import Tell, unheard
 
 from .bundled import BundledPath, Bundles
+from .expected import Expected
 
 PARSED_KEPT = 4096
 """Parsed narinfos held in memory; the rest is in the index."""
@@ -57,6 +60,10 @@ class RememberedSource:
         self._bundles = Bundles(inner, store_dir, self._take, tell)
         self._bundled: OrderedDict[str, None] = OrderedDict()
         """Whose answers came in a bundle, as far as we remember."""
+        self._expected = Expected()
+        self._traced: Counter[str] = Counter()
+        self._waiting: dict[str, UnverifiedPathInfo] = {}
+        """Roots whose bundles are not fetched as long as they are traced."""
         self._misled: set[str] = set()
         """Whose answers came in a bundle and were of no use."""
 
@@ -113,6 +120,30 @@ class RememberedSource:
         """For those who are in no hurry: wait for the bundle that is to have the path, if one is under way."""
         await self._bundles.arrived(hash_part)
 
+    @contextmanager
+    def traced(self, hash_parts: Collection[str]) -> Iterator[None]:
+        """All that is wanted now is among these: their bundles can wait until the block ends."""
+        self._traced.update(hash_parts)
+        try:
+            yield
+        finally:
+            self._traced.subtract(hash_parts)
+            self._traced += Counter()  # without those that are at zero
+            self._expected.give_up(hash_parts)
+            for root in [info for part, info in self._waiting.items() if part not in self._traced]:
+                del self._waiting[root.store_path.hash_part]
+                self._want_bundle(root, unmetered)
+
+    def expect_listing(self, hash_part: str, meter: Meter) -> None:
+        """Ask for it now; who calls ``listing`` next gets it. Only in a block of ``traced``."""
+        if not self._bundles.has(hash_part, bundle.LISTING):
+            self._expected.ask(hash_part, bundle.LISTING, self._inner.listing(hash_part, meter))
+
+    def expect_sidecar(self, hash_part: str, suffix: str, limit: int, meter: Meter) -> None:
+        """As ``expect_listing``, for who calls ``sidecar`` next."""
+        if not self._bundles.has(hash_part, suffix):
+            self._expected.ask(hash_part, suffix, self._inner.sidecar(hash_part, suffix, limit, meter))
+
     async def nix_cache_info(self) -> CacheInfo:
         return await self._inner.nix_cache_info()
 
@@ -137,7 +168,8 @@ class RememberedSource:
         kept = self._bundles.take(hash_part, bundle.LISTING)
         if kept is not None:
             return kept
-        return await self._inner.listing(hash_part, meter)
+        expected = self._expected.take(hash_part, bundle.LISTING)
+        return await (expected or self._inner.listing(hash_part, meter))
 
     def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         return self._inner.nar(info, meter)
@@ -151,10 +183,12 @@ class RememberedSource:
         kept = self._bundles.take(hash_part, suffix) if suffix == bundle.CHUNKS else None
         if kept is not None and len(kept) <= limit:
             return kept
-        return await self._inner.sidecar(hash_part, suffix, limit, meter)
+        expected = self._expected.take(hash_part, suffix)
+        return await (expected or self._inner.sidecar(hash_part, suffix, limit, meter))
 
     async def close(self) -> None:
         await self._bundles.close()
+        await self._expected.close()
         for task in list(self._open.values()):
             task.cancel()
         await asyncio.gather(*self._open.values(), return_exceptions=True)
@@ -176,6 +210,9 @@ class RememberedSource:
     def _want_bundle(self, root: UnverifiedPathInfo, meter: Meter) -> None:
         """Fetch its bundle if there is one and most of what it refers to would have to be asked for."""
         if not bundle.is_announced(root):
+            return
+        if root.store_path.hash_part in self._traced:
+            self._waiting[root.store_path.hash_part] = root
             return
         parts = {path.hash_part for path in root.references if path != root.store_path}
         rows = self._index.narinfos(self.url, parts)

@@ -224,6 +224,18 @@ class Store:
             async with self._places:
                 await self.whole(view, path, account)
 
+    def trace_ended(self, view: View, account: Account) -> None:
+        """What waited for the session's trace begins."""
+        self._ahead.trace_ended(view, account)
+
+    def knows_closure(self, view: View, account: Account) -> bool:
+        """Whether nothing is being asked of the session's closures."""
+        return self._ahead.is_complete(view, account)
+
+    def expect_parts(self, candidate: Candidate, account: Account) -> None:
+        """Parts of this path will be wanted, while its source is told of a trace (``RememberedSource.traced``)."""
+        self.parts.expect(self._row_of(candidate.info), candidate, account)
+
     async def listed(self, view: View, info: PathInfo, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings."""
         return await self._trees.without_nar(view, self._row_of(info), account)
