@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tests.integration.test_end_to_end_lives import all_end, children, members
 from tests.integration.test_environment import HOST_WITH_STORE, Terminal
 from tests.support.callers import Caller, read_line
 from tests.support.sample import SampleStore
+from veneer.environment import named
 from veneer.environment.living import read_owner
+from veneer.model.errors import UsageError
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.nix]
 
@@ -300,6 +303,23 @@ def test_down_names_the_processes_in_its_way(user_of: Caller) -> None:
         assert killed.returncode == 0, killed.stderr
         assert process.wait(20) == 125
     assert environments(user_of) == {}
+
+
+def test_what_still_dies_in_an_environment_that_down_has_ended_is_not_in_its_way(
+    as_root: Caller, nix_cache: SampleStore
+) -> None:
+    as_root.use(f"file://{nix_cache.cache('zstd')}", key=nix_cache.public)
+    place = as_root.home / "environments/dev"
+    try:
+        assert up(as_root).returncode == 0
+        with joined(as_root, "echo up; exec sleep 1003"):
+            owner = read_owner(place)
+            assert owner is not None
+            assert named.end_once(place, owner, kill=False) == owner
+            with pytest.raises(UsageError, match="in use by"):
+                named.end_once(place, replace(owner, start=owner.start - 1), kill=False)
+    finally:
+        bring_down(as_root)
 
 
 def test_down_of_a_run_is_refused(user_of: Caller) -> None:

@@ -23,7 +23,8 @@ from veneer.environment.spec import RunSpec, check_name
 from veneer.model.errors import MachineError, UsageError
 
 OWNER = "owner.json"
-OWN_NAMES = ("veneer-init", "veneer-mount", "veneer-joined", "nix-daemon")
+OWN_NAMES = ("veneer-init", "veneer-keeper", "veneer-mount", "veneer-joined", "nix-daemon")
+"""The keeper itself is outside; what it forks is called so until it has a name of its own."""
 _PAUSE = 0.01
 _PATIENCE = 30.0
 """How long an environment may be held by somebody who cannot be joined: one that is ending."""

@@ -73,30 +73,36 @@ def end(root: Path, name: str, *, keep: bool, kill: bool) -> tuple[bool, bool]:
     UsageError: no such environment, another user's, or processes use it (not with ``kill``).
     """
     directory = _existing(root, name)
-    was_up = False
+    ended: Owner | None = None
     deadline = time.monotonic() + _END_SECONDS
     while (layer := upper.try_named(root, name)) is None:
-        was_up = _end_once(directory, kill=kill) or was_up
+        ended = end_once(directory, ended, kill=kill) or ended
         if time.monotonic() > deadline:
             upper.take_named(root, name)  # says who holds it
         time.sleep(_PAUSE)
     if keep:
         layer.release()
-        return was_up, False
+        return ended is not None, False
     try:
         upper.remove_named(layer)
     except OSError as error:
         raise VeneerError(
             f"not all of the environment could be removed: {error.strerror}", where=error.filename or name
         ) from error
-    return was_up, True
+    return ended is not None, True
 
 
-def _end_once(directory: Path, *, kill: bool) -> bool:
-    """Kill init, when the environment is up and nobody is in the way. With it the kernel ends all of the environment."""
+def end_once(directory: Path, ended: Owner | None, *, kill: bool) -> Owner | None:
+    """Kill init, when the environment is up and nobody is in the way. With it the kernel ends all of the environment.
+
+    Whose environment was killed; ``ended``: the one before, whose processes are still dying.
+    """
     found = living.look(directory)
     if found is None:
-        return False  # starting, or ending already
+        return None  # starting, or ending already
+    if found.owner == ended:
+        found.close()
+        return ended
     users_fd = None
     try:
         # From here on nobody joins, and a process that we do not see cannot come from outside.
@@ -106,14 +112,14 @@ def _end_once(directory: Path, *, kill: bool) -> bool:
             raise _in_use(directory.name, processes)
         signal.pidfd_send_signal(found.init_fd, signal.SIGKILL)
     except (ProcessLookupError, FileNotFoundError):
-        return True  # it ended meanwhile
+        pass  # it ended meanwhile
     except PermissionError as error:
         raise MachineError("the environment may not be ended", where=str(directory)) from error
     finally:
         found.close()
         if users_fd is not None:
             os.close(users_fd)
-    return True
+    return found.owner
 
 
 def _in_use(name: str, processes: list[Process]) -> UsageError:
