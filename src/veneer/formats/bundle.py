@@ -14,8 +14,7 @@ more than if it had been asked for by itself: narinfos and chunk maps carry thei
 confirmed by NARs.
 
 Limits, enforced here: MAX_SIZE, MAX_PLAIN, MAX_ENTRIES, MAX_NARINFO and MAX_OTHER for one body, a window of WINDOW for
-the decoder. One body at a time is in memory. Anything after the frame is refused; a frame without its checksum's last
-bytes may pass.
+the decoder. One body at a time is in memory. A file that is not exactly one whole frame is refused.
 """
 
 from __future__ import annotations
@@ -49,6 +48,9 @@ _MAGIC = b"veneer-bundle-1\n"
 _HEADER = re.compile(rb"([0-9abcdfghijklmnpqrsvwxyz]{32})(\.narinfo|\.ls|\.chunks) (0|[1-9][0-9]{0,9})\n")
 _MAX_HEADER = HASH_PART_LENGTH + len(NARINFO) + 12
 _LEVEL = 9
+_FRAME = b"\x28\xb5\x2f\xfd"
+_MAX_BLOCKS = 1 << 20
+"""Of a frame. Writers make them of 128 KiB."""
 _PIECE = 64 << 10
 _WHERE = "bundle"
 
@@ -106,9 +108,15 @@ def parse_bundle(data: bytes, root: str) -> Iterator[Entry]:
 
 
 def _entries(data: bytes, order: _Order) -> Iterator[Entry]:
-    size = zstandard.get_frame_parameters(data).content_size
+    frame_header = zstandard.get_frame_parameters(data)
+    size = frame_header.content_size
     if size > MAX_PLAIN:  # unknown is the greatest of all
         raise LimitError(f"{size} bytes uncompressed, limit {MAX_PLAIN}", where=_WHERE)
+    end = _frame_end(data) + 4 * frame_header.has_checksum
+    if end > len(data):
+        raise TruncatedError("ends in its frame", where=_WHERE)
+    if end < len(data):
+        raise FormatError("something follows its frame", where=_WHERE)
     decoder = zstandard.ZstdDecompressor(max_window_size=WINDOW)
     with decoder.stream_reader(data) as frame:
         plain = io.BufferedReader(frame, _PIECE)
@@ -126,6 +134,19 @@ def _entries(data: bytes, order: _Order) -> Iterator[Entry]:
             yield Entry(hash_part, suffix, body)
     if order.end() != size:
         raise TruncatedError(f"{order.end()} bytes uncompressed instead of {size}", where=_WHERE)
+
+
+def _frame_end(data: bytes) -> int:
+    """Where the blocks of a zstd frame end (RFC 8878, 3.1.1), or some place behind ``data``. A decoder does not tell what follows."""
+    if not data.startswith(_FRAME):
+        raise FormatError("begins with no zstd frame", where=_WHERE)
+    at = zstandard.frame_header_size(data)
+    for _ in range(_MAX_BLOCKS):
+        block = int.from_bytes(data[at : at + 3], "little")
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # one byte, to be repeated
+        if block & 1 or at > len(data):
+            return at
+    raise LimitError(f"more than {_MAX_BLOCKS} blocks", where=_WHERE)
 
 
 class _Order:

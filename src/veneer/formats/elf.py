@@ -12,7 +12,7 @@ Only executables (ET_EXEC) and shared objects (ET_DYN) are looked at: None for e
 Section headers are not used: the loader does not need them either, and ``strip`` may remove them.
 
 Limits, enforced here: MAX_SEGMENTS, MAX_TAGS, MAX_NEEDED, MAX_NAME, MAX_SEARCH. Whatever the bytes: FormatError (LimitError), and no more
-than some 300 questions of MAX_SEARCH bytes at most.
+than MAX_QUESTIONS, of MAX_SEARCH bytes at most.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ MAX_NAME = 4096
 """Bytes of a library's name or the loader's path: PATH_MAX."""
 MAX_SEARCH = 64 << 10
 """Bytes of a search path."""
+MAX_QUESTIONS = 2 * MAX_NEEDED + 6
+"""Header, segments, loader, dynamic section; two for each name and for the search path."""
 
 _ELF = "ELF"
 _EXEC, _DYN = 2, 3
@@ -90,6 +92,7 @@ def questions(size: int) -> Questions:
         if what == _PT_INTERP:
             _limit(in_file, MAX_NAME, "bytes of a loader's path")
             interpreter = (yield from _part(start, in_file, size)).partition(b"\0")[0]
+            break  # as the kernel does
     for what, start, _, in_file in segments:
         if what == _PT_DYNAMIC:
             return (yield from _dynamic(kind, interpreter, segments, start, in_file, size))

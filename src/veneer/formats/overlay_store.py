@@ -17,7 +17,8 @@ The check (``check-mount``, on unless switched off), over the text of /proc/self
 with the three paths put in without escaping, while the kernel writes blanks, commas and backslashes as octal escapes. So the
 mount's source must be named ``overlay``, and the paths must be written in the options as Nix writes them: absolute,
 no links, no slash at the end, one lower directory. Paths with characters of a regular expression never match themselves; ``.``,
-``|``, ``]`` and ``}`` do. Nix does not see what other kinds of mounts cover the overlay: ``cover`` does.
+``|``, ``]`` and ``}`` do, but between two ``|`` of the merged store's path nothing matches everywhere, and Nix would look for the
+last match for ever. Nix does not see what other kinds of mounts cover the overlay: ``cover`` does.
 
 Limits: none; the text is the user's own or the kernel's. Nothing here touches the machine.
 """
@@ -28,7 +29,8 @@ import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import quote, unquote
+from functools import partial
+from urllib import parse
 
 STORE = "/nix/store"
 SCHEME = "local-overlay://"
@@ -37,6 +39,9 @@ _ESCAPED_BY_KERNEL = frozenset(" \t\n,")
 _ESCAPE = re.compile(r"\\([0-3][0-7]{2})")
 _TWICE = re.compile(r"%25[0-9A-Fa-f]{2}")
 _FALSE = ("false", "no", "0")
+_quote = partial(parse.quote, errors="surrogateescape")
+_unquote = partial(parse.unquote, errors="surrogateescape")
+"""For paths as Python has them: bytes that are no UTF-8 stand as surrogates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +80,12 @@ class OverlayStore:
         fields = {
             "root": self.root,
             "state": self.state_dir,
-            "lower-store": f"unix://{quote(self.lower_socket)}?root={quote(self.lower_root)}",
+            "lower-store": f"unix://{_quote(self.lower_socket)}?root={_quote(self.lower_root)}",
             "upper-layer": self.upper_layer,
             "remount-hook": self.remount_hook,
             "check-mount": "" if self.check_mount else "false",
         }
-        return f"{SCHEME}?" + "&".join(f"{name}={quote(v, safe='')}" for name, v in fields.items() if v)
+        return f"{SCHEME}?" + "&".join(f"{name}={_quote(v, safe='')}" for name, v in fields.items() if v)
 
     def mount_command(self, work: str = "WORKDIR") -> str:
         """The overlay that the URL expects. ``work``: an empty directory on the upper layer's file system."""
@@ -123,7 +128,7 @@ def parse_overlay_url(text: str) -> StoreUrl:
         name, _, value = item.partition("=")
         fields.setdefault(name, value)
     raw_lower = fields.get("lower-store", "")
-    values = {name: unquote(value) for name, value in fields.items()}
+    values = {name: _unquote(value) for name, value in fields.items()}
     lower = values.get("lower-store", "")
     faults += _encoding_faults(raw_lower, fields)
     if not raw_lower:
@@ -134,9 +139,9 @@ def parse_overlay_url(text: str) -> StoreUrl:
             )
         )
     if "://" not in lower and "%3A" in lower.upper():
-        lower = unquote(lower)
+        lower = _unquote(lower)
     place, _, parameters = lower.partition("?")
-    inner = {n: unquote(v) for n, _, v in (p.partition("=") for p in parameters.split("&") if p)}
+    inner = {n: _unquote(v) for n, _, v in (p.partition("=") for p in parameters.split("&") if p)}
     faults += _lower_faults(place, inner) if raw_lower else []
     upper = values.get("upper-layer", "")
     if not upper:
@@ -152,7 +157,7 @@ def parse_overlay_url(text: str) -> StoreUrl:
     root = _clean(values.get("root", ""))
     return StoreUrl(
         lower_store=lower,
-        lower_socket=unquote(place.removeprefix("unix://")) if place.startswith("unix://") else "",
+        lower_socket=_unquote(place.removeprefix("unix://")) if place.startswith("unix://") else "",
         lower_store_dir=_lower_dir(place, inner) if raw_lower else "",
         upper_layer=_clean(upper),
         real_store_dir=_clean(values.get("real", "")) or root + STORE,
@@ -164,8 +169,8 @@ def parse_overlay_url(text: str) -> StoreUrl:
 
 
 def _encoding_faults(raw: str, fields: dict[str, str]) -> Iterator[Fault]:
-    fix = "encode the lower store's URL once: lower-store=" + quote("unix:///SOCKET?root=/LOWER", safe="")
-    if _TWICE.search(raw) and not unquote(raw).startswith(("unix://", "/", "local", "daemon")):
+    fix = "encode the lower store's URL once: lower-store=" + _quote("unix:///SOCKET?root=/LOWER", safe="")
+    if _TWICE.search(raw) and not _unquote(raw).startswith(("unix://", "/", "local", "daemon")):
         yield Fault("lower-store is encoded twice, which Nix 2.34 refuses", fix)
     elif "?" in raw:
         yield Fault("lower-store is not encoded", fix, refused=False)
@@ -228,6 +233,8 @@ def mount_fault(mounts: str, real_store_dir: str, lower_store_dir: str, upper_la
         special = sorted(_NEVER_MATCH & set(path))
         if special:
             return _unusable(name, path, f"Nix takes {' '.join(special)} for part of a regular expression")
+    if "||" in real_store_dir:
+        return _unusable("merged store", real_store_dir, "Nix would never end looking for ||")
     line = _last_match(mounts, real_store_dir)
     if _has(line, "lowerdir", lower_store_dir) and _has(line, "upperdir", upper_layer):
         return None
@@ -291,8 +298,8 @@ def _no_overlay(mounts: str, real_store_dir: str, command: str) -> Fault:
 
 def _option_fault(line: str, real_store_dir: str, lower: str, upper: str) -> Fault:
     command = overlay_command(real_store_dir, lower, upper)
-    options = line.strip("\n").split(" ")[3].split(",")
-    found = dict(option.partition("=")[::2] for option in options)
+    # After a | in the path the match is a piece of the line: options are looked for in all of it.
+    found = dict(option.partition("=")[::2] for option in re.split("[ ,\n]", line))
     if not _has(line, "lowerdir", lower):
         if "lowerdir+" in found:
             return Fault("the overlay was mounted with lowerdir+=, which Nix does not read", command)

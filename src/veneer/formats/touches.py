@@ -63,9 +63,11 @@ def parse(data: bytes) -> Iterator[Touched]:
         if pages:
             yield Touched(number, None, entry, first * PAGE, pages * PAGE)
             continue
+        if at + first > len(data):
+            continue  # cut off: what is left of the name might be another path's
         try:
             name = StorePath.parse(data[at : at + first].decode("ascii"))
         except (FormatError, UnicodeDecodeError):
-            continue  # cut off
+            continue
         at += first + -first % ROW_SIZE
         yield Touched(number, name)

@@ -115,17 +115,14 @@ def to_rows(trace: Trace) -> list[dict[str, object]]:
 
 def from_rows(rows: Sequence[object]) -> Trace:
     """From ``to_rows``, or several traces' rows after another. FormatError."""
-    paths: dict[StorePath, tuple[TracedPath, dict[bytes, TracedFile]]] = {}
+    paths: dict[StorePath, tuple[TracedPath, dict[bytes, list[TracedFile]]]] = {}
     for row in rows:
         traced = _path(row)
-        if traced.path not in paths:
-            paths[traced.path] = (traced, {})
-        files = paths[traced.path][1]
+        files = paths.setdefault(traced.path, (traced, {}))[1]
         for file in traced.files:
-            before = files.get(file.name)
-            files[file.name] = file if before is None else _joined(before, file)
+            files.setdefault(file.name, []).append(file)
     return tuple(
-        TracedPath(first.path, first.nar_hash, first.nar_size, tuple(files.values()))
+        TracedPath(first.path, first.nar_hash, first.nar_size, tuple(map(_joined, files.values())))
         for first, files in paths.values()
     )
 
@@ -164,7 +161,7 @@ def decode(data: bytes) -> Trace:
 
 def _json(line: bytes, number: int) -> object:
     try:
-        found: object = json.loads(line)
+        found: object = json.loads(line.decode())  # bytes might be taken for UTF-16
     except (ValueError, RecursionError):
         raise FormatError("not a line of a trace", where=f"{_WHERE}, line {number}") from None
     return found
@@ -222,9 +219,11 @@ def _size(value: object) -> int:
     return value
 
 
-def _joined(one: TracedFile, other: TracedFile) -> TracedFile:
-    """What both say; a file read whole in any of them is one to be read whole."""
-    size = max(one.size, other.size)
-    if one.is_whole or other.is_whole:
-        return TracedFile(one.name, size, ((0, size),))
-    return TracedFile(one.name, size, coalesce([*one.ranges, *other.ranges]))
+def _joined(told: list[TracedFile]) -> TracedFile:
+    """What all of them say of one file, together: one by one would take the square of the time. Whole in any is whole."""
+    if len(told) == 1:
+        return told[0]
+    name, size = told[0].name, max(file.size for file in told)
+    if any(file.is_whole for file in told):
+        return TracedFile(name, size, ((0, size),))
+    return TracedFile(name, size, coalesce(part for file in told for part in file.ranges))

@@ -144,13 +144,29 @@ def test_one_body_at_a_time_is_in_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4 * MAX_OTHER >> 10 << 1
 
 
-def test_a_cut_anywhere_but_in_the_checksum_is_seen() -> None:
+def test_a_cut_anywhere_is_seen() -> None:
     data = write_bundle(ROOT, ENTRIES)
-    for end in range(len(data) - 4):
+    for end in range(len(data)):
         with pytest.raises(FormatError):
             parsed(data[:end])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [b"more", b"\x50\x2a\x4d\x18\0\0\0\0", frame(b"x")[:6], frame(b"")],
+    ids=["bytes", "skippable frame", "half a frame", "empty frame"],
+)
+def test_what_follows_the_frame_is_refused(more: bytes) -> None:
     with pytest.raises(FormatError):
-        parsed(data + b"more")
+        parsed(write_bundle(ROOT, ENTRIES) + more)
+
+
+def test_a_frame_of_more_blocks_than_writers_make_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_bundle(ROOT, [FIRST, Entry(ROOT, LISTING, bytes(range(256)) * 2000)])
+    assert len(parsed(data)) == 2
+    monkeypatch.setattr(bundle, "_MAX_BLOCKS", 3)
+    with pytest.raises(LimitError):
+        parsed(data)
 
 
 def test_a_changed_byte_is_seen() -> None:

@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.elf_files import make_elf
-from veneer.formats.elf import MAX_NAME, MAX_NEEDED, MAX_SEGMENTS, Linked, questions
+from veneer.formats.elf import (
+    MAX_NAME,
+    MAX_NEEDED,
+    MAX_QUESTIONS,
+    MAX_SEARCH,
+    MAX_SEGMENTS,
+    Linked,
+    questions,
+)
 from veneer.model.errors import FormatError, LimitError, TruncatedError
 
 NAMES = st.binary(min_size=1, max_size=300).filter(lambda name: b"\0" not in name)
@@ -154,3 +162,28 @@ def test_real_programs_are_read_as_readelf_does(file: Path) -> None:
     assert [found.interpreter.decode()] == re.findall(r"program interpreter: (.*)\]", told)
     search = re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", told)
     assert b":".join(found.search).decode() == ":".join(search)
+
+
+def test_the_first_loader_counts_as_for_the_kernel() -> None:
+    data = bytearray(make_elf(interpreter=b"/ld"))
+    first, third, size = 64, 64 + 2 * 56, 56
+    data[first : first + size] = data[third : third + size]
+    (where,) = struct.unpack_from("<Q", data, third + 8)
+    struct.pack_into("<QQQQ", data, third + 8, where + 1, 0, 0, 3)
+    assert linked(bytes(data)) == Linked(b"/ld", (), ())
+
+
+def test_questions_are_counted_for_the_worst_case() -> None:
+    names = [b"%0300d" % n for n in range(MAX_NEEDED)]
+    data = make_elf(names, interpreter=b"/ld", runpath=b"/" + b"x" * 300)
+    asked: list[int] = []
+
+    def read(offset: int, size: int) -> bytes:
+        asked.append(size)
+        return data[offset : offset + size]
+
+    found = read_linked(read, len(data))
+    assert found is not None
+    assert len(found.needed) == MAX_NEEDED
+    assert len(asked) == MAX_QUESTIONS
+    assert max(asked) <= MAX_SEARCH

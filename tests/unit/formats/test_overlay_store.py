@@ -119,3 +119,22 @@ def test_what_is_there_instead_of_the_overlay_is_named(line: str, words: str) ->
         "mount -t overlay overlay -o lowerdir=/l/nix/store,upperdir=/u,workdir=WORKDIR /nix/store"
         in fault.fix
     )
+
+
+def test_paths_that_are_no_utf8_survive_the_url() -> None:
+    found = parse_overlay_url(OverlayStore("/s\udcff", "/l\udcff", "/u\udcff").url())
+    assert (found.lower_socket, found.lower_store_dir) == ("/s\udcff", "/l\udcff/nix/store")
+    assert found.upper_layer == "/u\udcff"
+
+
+@pytest.mark.parametrize(
+    ("merged", "mounts"),
+    [
+        ("/a|b/nix/store", "overlay /a|c overlay rw 0 0\n"),
+        ("/a|b", "b overlay\n"),
+        ("/a||b/nix/store", GOOD),
+        ("/a||b/nix/store", ""),
+    ],
+)
+def test_paths_in_which_nix_sees_alternatives_are_diagnosed(merged: str, mounts: str) -> None:
+    assert mount_fault(mounts, merged, "/l/nix/store", "/u") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -106,6 +107,7 @@ def test_lines_may_be_empty() -> None:
         FIRST.encode() + b"[]",
         FIRST.encode() + b"[" * 200_000,
         FIRST.encode() + b"\xff",
+        FIRST.encode("utf-16-le"),
         line(more=1),
         line(path="no-path"),
         line(path=7),
@@ -190,6 +192,11 @@ def test_notes_are_read_in_order() -> None:
     assert len(data) % touches.ROW_SIZE == 0
 
 
+def test_a_name_that_ends_with_the_notes_is_no_shorter_name() -> None:
+    name = touches.name_row(node_id(8, 0), str(GIT).encode())
+    assert [row.name for row in touches.parse(name[: -touches.ROW_SIZE]) if row.name] == []
+
+
 @pytest.mark.parametrize("lost", [1, 2, 3])
 def test_a_name_that_is_cut_off_is_lost_alone(lost: int) -> None:
     first, last = touches.read_row(node_id(7, 3), 0, 10), touches.read_row(node_id(9, 1), 0, 1)
@@ -203,3 +210,11 @@ def test_a_name_that_is_cut_off_is_lost_alone(lost: int) -> None:
 def test_any_notes_can_be_read(data: bytes) -> None:
     for row in touches.parse(data):
         assert row.name is not None or row.size > 0
+
+
+def test_a_file_told_in_very_many_parts_takes_no_more_time_than_others() -> None:
+    told = [["a", 1 << 40, 2 * n, 1] for n in range(20_000)]
+    start = time.process_time()
+    (found,) = decode(line(files=told))
+    assert found.files == (TracedFile(b"a", 1 << 40, tuple((2 * n, 1) for n in range(20_000))),)
+    assert time.process_time() - start < 10  # one by one: a minute
