@@ -65,6 +65,7 @@ COPY_FILE_RANGE TMPFILE. The mount itself is read only, so they do not come."""
 _DONE = (18, 20, 29, 30, 38)
 """RELEASE FSYNC RELEASEDIR FSYNCDIR DESTROY: nothing to do, and that is done."""
 _IOCTL = 39
+_LENGTHS = {row.number: wire.IN_SIZE + row.request.size for row in wire.OPCODES if row.request is not None}
 
 
 class Shared:
@@ -437,6 +438,8 @@ class Worker:
     ) -> Reply:  # fmt: skip
         parked = self._again
         if parked is None:
+            if length < _LENGTHS.get(_opcode_unique_node(request)[0], 0):
+                raise FormatError(f"request of {length} bytes", where="FUSE")
             parked = Parked(unique, request[:length])
         elif parked.asked.get(kind, 0) >= 2:
             raise CacheError("the daemon says that it is there, and it is not", where=f"{kind.name} {key!r}")

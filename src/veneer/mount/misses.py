@@ -125,6 +125,7 @@ class Misses:
         self, parked: Parked, kind: Kind, key: int | bytes, what: bytes | int | tuple[int, int, int]
     ) -> bool:
         """Takes a request in; False when its caller was interrupted meanwhile. DaemonError: too many wait already."""
+        body = _body(what)  # may fail, for numbers of a damaged tree: before anything is changed
         with self._lock:
             unique = parked.unique & ~RESENT
             if unique in self._interrupted:
@@ -140,7 +141,7 @@ class Misses:
                 ask.waiting[unique] = parked
                 return True
             parked.asked[kind] = parked.asked.get(kind, 0) + 1
-            ask = self._asks[parked.key] = _Ask(parked.key, _body(what), {unique: parked})
+            ask = self._asks[parked.key] = _Ask(parked.key, body, {unique: parked})
             if self._welcome:
                 self._send(ask)
         os.eventfd_write(self._wake, 1)

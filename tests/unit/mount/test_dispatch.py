@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.stub_daemon import GENERATION, Spec, StubDaemon, store_name
 from veneer.formats import fuse_wire as wire
-from veneer.formats.tree_index import NAME_AT, node_id
+from veneer.formats.tree_index import HEADER_SIZE, NAME_AT, ROW, nar_file, node_id, tree_file
 from veneer.mount.server import MountServer
 from veneer.mount.session import MAX_PAGES, Session, negotiate
 
@@ -198,6 +198,28 @@ def test_impossible_requests_are_answered_and_serving_goes_on(
     assert error == errno.EIO
     assert kernel.ask(wire.STATFS, 1)[0] == 0
     assert kernel.server.report()["failure_count"] >= 1
+
+
+@pytest.mark.parametrize("length", [40, 43, 79])
+@pytest.mark.parametrize("opcode", [wire.READ, wire.READDIR, wire.READDIRPLUS])
+def test_a_request_cut_short_is_refused_before_it_waits(kernel: Kernel, opcode: int, length: int) -> None:
+    assert kernel.ask(opcode, node_id(99, 0), bytes(length - wire.IN_SIZE)) == (errno.EIO, b"")
+    assert kernel.server.report()["waiting"] == 0
+
+
+def test_numbers_of_a_damaged_tree_leave_nothing_waiting(store: StubDaemon) -> None:
+    tree = bytearray((store.cache / tree_file(NUMBER)).read_bytes())
+    kind = 1 << 24
+    for entry in range(4):
+        ROW.pack_into(tree, HEADER_SIZE + ROW.size * entry, 0, kind, (1 << 64) - 1, 1 << 63, 0, 0)
+    (store.cache / tree_file(NUMBER)).write_bytes(tree)
+    (store.cache / nar_file(NUMBER)).unlink()
+    kernel = Kernel(store.cache, miss_seconds=5.0)
+    try:
+        assert kernel.ask(wire.READ, node_id(NUMBER, 0), read_in(4096, 4096)) == (errno.EIO, b"")
+        assert kernel.server.report()["waiting"] == 0
+    finally:
+        kernel.close()
 
 
 def test_resent_request_is_answered_under_the_same_unique(kernel: Kernel) -> None:
