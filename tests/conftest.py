@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.debian import DebianError
 from tests.support.faulty_http import FaultyServer
-from tests.support.leftovers import MARK, leftovers, look_before
+from tests.support.leftovers import MARK, Before, leftovers, look_before
 from tests.support.nginx import Nginx, find_nginx
 from tests.support.nix import RealNix, fetch_nix, missing_for_builds
 from tests.support.places import NoPlaceError
@@ -31,13 +31,31 @@ from tests.support.users import OtherUser, other_user
 _LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 
-def pytest_configure() -> None:
+_before = pytest.StashKey[Before]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A run in the background (``nohup``, a shell's ``&``) ignores signals, and all that tests start would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    if not hasattr(config, "workerinput"):  # the one process that outlives those that run tests, or runs them itself
+        os.environ[MARK] = secrets.token_hex(8)
+        config.stash[_before] = look_before(os.environ[MARK])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the session when tests left processes, mounts or a /nix on the machine."""
+    before = session.config.stash.get(_before, None)
+    found = leftovers(before) if before else []
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        assert reporter is not None
+        reporter.write_line("\n".join(["", "tests left behind:", *found]), red=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -50,21 +68,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs Linux 6.9 (FUSE_NOTIFY_RESEND)")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """Fails the session when tests leave processes, mounts or a /nix on the machine."""
-    mark = secrets.token_hex(8)
-    before = look_before(mark)
-    os.environ[MARK] = mark
-    yield
-    found = leftovers(before)
-    del os.environ[MARK]
-    if found:
-        pytest.fail("tests left behind:\n" + "\n".join(found), pytrace=False)
-
-
 @pytest.fixture(scope="session")
-def open_directory(nothing_left_behind: None) -> Iterator[Path]:
+def open_directory() -> Iterator[Path]:
     """A temporary directory that other users may enter (pytest's own may not)."""
     directory = Path(tempfile.mkdtemp(prefix="veneer-tests-")).resolve()
     directory.chmod(0o755)
