@@ -16,6 +16,7 @@ import pytest
 
 from tests.integration.test_end_to_end_trees import Census, Serve
 from tests.support.callers import Caller, eventually
+from tests.support.damage import flip, nar_file_of
 from tests.support.faulty_http import FaultyServer, Stall
 from tests.support.nginx import nar_requests
 from tests.support.sample import SampleStore
@@ -27,14 +28,7 @@ LIMIT = 20.0
 
 
 def nar_file(cache: Path, sample: SampleStore, attribute: str) -> Path:
-    lines = (cache / f"{sample.hash_part(attribute)}.narinfo").read_text().splitlines()
-    return cache / next(line.removeprefix("URL: ") for line in lines if line.startswith("URL: "))
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x01
-    file.write_bytes(data)
+    return nar_file_of(cache, sample.hash_part(attribute))
 
 
 def cut(file: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.support.caches import ready_file
+from tests.support.caches import read_ready
 from tests.support.faulty_http import (
     Body,
     FaultyServer,
@@ -78,7 +77,7 @@ def place(published: PublishedCache) -> Iterator[Place]:
 async def read_all(bench: Bench, view: View, place: Place, *, may_fail: bool, trusting: bool = False) -> int:
     """Reads every span; how many failed. What is given must be the NAR's bytes."""
     failed = 0
-    row = await bench.store.lookup(view, place.made.path, bench.account)
+    row = await bench.looked_up(view, place.made)
     for offset, size in SPANS:
         try:
             async with asyncio.timeout(30):
@@ -86,16 +85,11 @@ async def read_all(bench: Bench, view: View, place: Place, *, may_fail: bool, tr
         except VeneerError:
             failed += 1
             assert may_fail
-            row = await bench.store.lookup(view, place.made.path, bench.account)
+            row = await bench.looked_up(view, place.made)
             continue
-        assert ready.start <= offset and offset + size <= ready.end
-        if trusting:  # who defers the check may see what the source flipped
-            continue
-        fd = os.open(ready_file(bench.cache, ready), os.O_RDONLY)
-        try:
-            assert os.pread(fd, size, offset) == place.made.nar[offset : offset + size]
-        finally:
-            os.close(fd)
+        data = read_ready(bench.cache, ready, offset, size)
+        if not trusting:  # who defers the check may see what the source flipped
+            assert data == place.made.nar[offset : offset + size]
     return failed
 
 

@@ -112,3 +112,11 @@ def ready_file(cache: Cache, ready: Ready) -> Path:
         return whole
     files = (sparse, cache.root / part_file(ready.number), whole)
     return next(file for file in files if file.exists() and file.stat().st_ino == ready.inode)
+
+
+def read_ready(cache: Cache, ready: Ready, offset: int, size: int) -> bytes:
+    """What a mount server reads after READY: of the file that it speaks of, within the span."""
+    assert ready.start <= offset and offset + size <= ready.end
+    with ready_file(cache, ready).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)

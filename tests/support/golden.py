@@ -25,10 +25,3 @@ def url(name: str) -> str:
 def copy_of(name: str, to: Path) -> Path:
     shutil.copytree(GOLDEN / name, to)
     return to
-
-
-def nar_file_of(cache: Path, path: StorePath) -> Path:
-    for line in (cache / f"{path.hash_part}.narinfo").read_text().splitlines():
-        if line.startswith("URL: "):
-            return cache / line.removeprefix("URL: ")
-    raise AssertionError("narinfo without URL")

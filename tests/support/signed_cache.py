@@ -141,5 +141,9 @@ class SignedCache:
         info = self.infos[name]
         return f"/{info.url}" if kind == "nar" else f"/{info.store_path.hash_part}.{kind}"
 
+    def nar(self, name: str) -> Path:
+        """The compressed file."""
+        return self.directory / self.infos[name].url
+
     def body(self, name: str, kind: str) -> bytes:
         return (self.directory / self.file(name, kind).lstrip("/")).read_bytes()

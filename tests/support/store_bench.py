@@ -7,7 +7,7 @@ import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.support.caches import Clock, open_cache
+from tests.support.caches import Clock, open_cache, read_ready
 from tests.support.golden import KEY
 from tests.support.published_cache import PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache
@@ -60,6 +60,11 @@ class Bench:
         view = self.view(cache.url + query, keys=(cache.key,), verify=verify)
         return view, await self.looked_up(view, made)
 
+    async def read(self, view: View, row: PathRow, offset: int, size: int) -> bytes:
+        """As a mount server does."""
+        ready = await self.store.content(view, row.number, offset, size, self.account)
+        return read_ready(self.cache, ready, offset, size)
+
     async def looked_up(self, view: View, made: MadePath) -> PathRow:
         return await self.store.lookup(view, made.path, self.account)
 
@@ -100,6 +105,13 @@ def run(tmp_path: Path, body: Callable[[Bench], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
     gc.collect()  # tasks say what nobody heard when they are collected
     assert lost == []
+
+
+async def settled() -> None:
+    """Nothing is under way."""
+    names = ("libraries of", "part", "rest of", "digests", "metadata ahead", "tree ", "fetch ")
+    while tasks := [task for task in asyncio.all_tasks() if task.get_name().startswith(names)]:
+        await asyncio.wait(tasks)
 
 
 def eager(body: Callable[[Bench], Awaitable[None]]) -> Callable[[Bench], Awaitable[None]]:

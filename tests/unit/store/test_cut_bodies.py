@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.golden import GOLDEN, PATHS, copy_of, nar_file_of, url
+from tests.support.damage import nar_file_of
+from tests.support.golden import GOLDEN, PATHS, copy_of, url
 from tests.support.raw_http import RawServer, Request, response
 from tests.support.store_bench import Bench, run
 from veneer.model.errors import FormatError, SourceError
@@ -52,7 +53,7 @@ async def quarantined(bench: Bench, source: str) -> str | None:
 @pytest.mark.parametrize("name", ["zstd", "xz"])
 def test_a_body_that_was_cut_is_asked_for_again(tmp_path: Path, name: str) -> None:
     cache = Lengthless(name, [0, 0])
-    whole = nar_file_of(GOLDEN / "none", PATHS["leaf"]).read_bytes()
+    whole = nar_file_of(GOLDEN / "none", PATHS["leaf"].hash_part).read_bytes()
 
     async def body(bench: Bench) -> None:
         with RawServer(cache.answer) as server:
@@ -90,7 +91,7 @@ def test_a_body_that_is_cut_each_time_is_a_failed_source_and_the_next_one_serves
 
 def test_a_file_that_is_as_long_as_said_and_ends_early_is_corrupt(tmp_path: Path) -> None:
     cache = copy_of("zstd", tmp_path / "source")
-    nar = nar_file_of(cache, PATHS["leaf"])
+    nar = nar_file_of(cache, PATHS["leaf"].hash_part)
     nar.write_bytes(nar.read_bytes()[:-9])
     narinfo = cache / f"{PATHS['leaf'].hash_part}.narinfo"
     lines = narinfo.read_text().splitlines()

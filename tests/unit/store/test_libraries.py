@@ -14,7 +14,7 @@ from tests.support.elf_files import make_elf
 from tests.support.faulty_http import FaultyServer, Flipped, Stall, Status
 from tests.support.published_cache import FRAME, PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_files
-from tests.support.store_bench import Bench, eager, run
+from tests.support.store_bench import Bench, eager, run, settled
 from veneer.cache.index import NarState, PathRow
 from veneer.model.errors import VeneerError
 from veneer.model.tree import Symlink
@@ -100,15 +100,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> PublishedCache:
     return PublishedCache(tmp_path_factory.mktemp("published") / "cache", world(), references=REFERENCES)
 
 
-async def settled() -> None:
-    """Nothing is under way."""
-    names = ("libraries of", "part", "rest of", "metadata ahead", "tree ", "fetch ")
-    while tasks := [task for task in asyncio.all_tasks() if task.get_name().startswith(names)]:
-        await asyncio.wait(tasks)
-
-
 async def looked_up(bench: Bench, view: View, made: MadePath) -> PathRow:
-    row = await bench.store.lookup(view, made.path, bench.account)
+    row = await bench.looked_up(view, made)
     await settled()
     return row
 

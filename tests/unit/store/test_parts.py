@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.caches import read_ready
+from tests.support.damage import flip
 from tests.support.published_cache import FRAME, PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_path
-from tests.support.store_bench import Bench, run
-from veneer.cache.index import NarState, PathRow
+from tests.support.store_bench import Bench, run, settled
+from veneer.cache.index import NarState
 from veneer.formats.signature import SecretKey
 from veneer.model.errors import HashMismatchError, VeneerError
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.store import chunk_fetch
 from veneer.store.account import Account
-from veneer.store.fetch import Ready
-from veneer.store.views import View
-
-SIZE = 6_000_001
-"""Of the big file: more than is fetched at once, and no multiple of anything."""
-Body = Callable[[Bench], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def big() -> MadePath:
-    return make_path("big", SIZE)
 
 
 @pytest.fixture
@@ -36,50 +27,13 @@ def cache(tmp_path: Path, big: MadePath) -> PublishedCache:
     return PublishedCache(tmp_path / "published", [big, make_path("small")])
 
 
-async def looked_up(bench: Bench, view: View, made: MadePath) -> PathRow:
-    return await bench.store.lookup(view, made.path, bench.account)
-
-
-async def read(bench: Bench, view: View, row: PathRow, offset: int, size: int) -> bytes:
-    """What a mount server would read after it asked: of the file that READY speaks of, within the span."""
-    ready = await bench.store.content(view, row.number, offset, size, bench.account)
-    return read_of(bench, ready, offset, size)
-
-
-def read_of(bench: Bench, ready: Ready, offset: int, size: int) -> bytes:
-    assert ready.start <= offset and offset + size <= ready.end
-    whole, sparse = bench.cache.nars.files(ready.number)
-    file = whole if ready.whole else sparse
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        assert ready.whole or os.fstat(fd).st_ino == ready.inode
-        return os.pread(fd, size, offset)
-    finally:
-        os.close(fd)
-
-
-def state(bench: Bench, row: PathRow) -> NarState:
-    now = bench.cache.index.path(row.number)
-    assert now is not None
-    return now.nar
-
-
-async def settled(bench: Bench) -> None:
-    """Everything under way is done."""
-    while tasks := [
-        t for t in asyncio.all_tasks() if t.get_name().startswith(("part of", "rest of", "digests"))
-    ]:
-        await asyncio.wait(tasks)
-
-
 def test_a_part_costs_its_frames_and_no_more(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         before = bench.account.wire_bytes
-        assert await read(bench, view, row, 1_000_000, 5000) == big.nar[1_000_000:1_005_000]
+        assert await bench.read(view, row, 1_000_000, 5000) == big.nar[1_000_000:1_005_000]
         assert bench.account.wire_bytes - before < 2 * FRAME + cache.chunk_map("big").stat().st_size + 100
-        assert state(bench, row) is NarState.SPARSE
+        assert bench.state(row) is NarState.SPARSE
         totals = bench.cache.index.totals()
         assert totals.nars == 0 and FRAME <= totals.nar_bytes <= 3 * FRAME
 
@@ -90,15 +44,13 @@ def test_what_is_here_is_not_asked_for_again_even_after_a_restart(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def first(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 500_000, 100_000)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 500_000, 100_000)
 
     async def second(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         before = bench.account.wire_bytes
-        assert await read(bench, view, row, 500_000, 100_000) == big.nar[500_000:600_000]
+        assert await bench.read(view, row, 500_000, 100_000) == big.nar[500_000:600_000]
         assert bench.account.wire_bytes == before
 
     run(tmp_path, first)
@@ -109,8 +61,7 @@ def test_small_nars_are_fetched_whole(tmp_path: Path, cache: PublishedCache) -> 
     small = cache.paths["small"]
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, small)
+        view, row = await bench.opened(cache, small)
         ready = await bench.store.content(view, row.number, 200, 10, bench.account)
         assert ready.whole and ready.end == len(small.nar)
 
@@ -121,13 +72,12 @@ def test_parts_become_whole_once_most_is_here_and_nothing_is_fetched_twice(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         before = bench.account.wire_bytes
         for offset in range(0, len(big.nar) - 120_000, 3 * FRAME):
-            await read(bench, view, row, offset, 2 * FRAME)
-        await settled(bench)
-        assert state(bench, row) is NarState.WHOLE
+            await bench.read(view, row, offset, 2 * FRAME)
+        await settled()
+        assert bench.state(row) is NarState.WHOLE
         assert bench.nar(row.number) == big.nar
         assert not bench.cache.nars.files(row.number)[1].exists()
         moved = bench.account.wire_bytes - before
@@ -140,11 +90,10 @@ def test_a_reader_that_goes_on_is_served_ahead_in_big_requests(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         before = bench.account.requests
         for offset in range(0, len(big.nar) - 16_384, 16_384):
-            assert await read(bench, view, row, offset, 16_384) == big.nar[offset : offset + 16_384]
+            assert await bench.read(view, row, offset, 16_384) == big.nar[offset : offset + 16_384]
         assert bench.account.requests - before < len(big.nar) / FRAME / 3
 
     run(tmp_path, body)
@@ -152,9 +101,8 @@ def test_a_reader_that_goes_on_is_served_ahead_in_big_requests(
 
 def test_whole_takes_what_is_missing_only(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 0, 1_000_000)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 0, 1_000_000)
         before = bench.account.wire_bytes
         row = await bench.store.whole(view, big.path, bench.account)
         assert bench.nar(row.number) == big.nar
@@ -165,10 +113,9 @@ def test_whole_takes_what_is_missing_only(tmp_path: Path, cache: PublishedCache,
 
 def test_readers_of_one_part_share_one_request(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         before = bench.account.requests
-        got = await asyncio.gather(*(read(bench, view, row, 700_000, 100) for _ in range(20)))
+        got = await asyncio.gather(*(bench.read(view, row, 700_000, 100) for _ in range(20)))
         assert set(got) == {big.nar[700_000:700_100]}
         assert bench.account.requests - before == 2  # the chunk map and one part
 
@@ -180,14 +127,13 @@ def test_a_chunk_that_another_nar_holds_is_copied(tmp_path: Path, big: MadePath)
     cache = PublishedCache(tmp_path / "published", [big, other])
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 0, 1_000_000)
-        row = await looked_up(bench, view, other)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 0, 1_000_000)
+        row = await bench.looked_up(view, other)
         before = bench.account.wire_bytes
-        assert await read(bench, view, row, 100, 900_000) == big.nar[100:900_100]
+        assert await bench.read(view, row, 100, 900_000) == big.nar[100:900_100]
         assert bench.account.wire_bytes - before <= cache.chunk_map("rebuilt").stat().st_size
-        await settled(bench)
+        await settled()
         row = await bench.store.whole(view, other.path, bench.account)
         assert bench.nar(row.number) == big.nar
 
@@ -198,36 +144,28 @@ def test_after_eviction_parts_come_back_and_are_checked(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 0, 100_000)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 0, 100_000)
         assert bench.store.evict(0) and bench.dropped == [row.number]
         assert not bench.cache.nars.files(row.number)[1].exists()
         assert bench.cache.index.totals().nar_bytes == 0
         before = bench.account.wire_bytes
-        assert await read(bench, view, row, 50_000, 100) == big.nar[50_000:50_100]
+        assert await bench.read(view, row, 50_000, 100) == big.nar[50_000:50_100]
         assert bench.account.wire_bytes - before < 2 * FRAME
 
     run(tmp_path, body)
 
 
-def flipped(file: Path, at: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[at] ^= 1
-    file.write_bytes(data)
-
-
 def test_a_tampered_chunk_is_never_served(tmp_path: Path, cache: PublishedCache, big: MadePath) -> None:
-    flipped(cache.nar("big"), 1_500_000)
+    flip(cache.nar("big"), 1_500_000)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        assert await read(bench, view, row, 100, 1000) == big.nar[100:1100]
+        view, row = await bench.opened(cache, big)
+        assert await bench.read(view, row, 100, 1000) == big.nar[100:1100]
         with pytest.raises(VeneerError):
-            await read(bench, view, row, 1_480_000, 60_000)
+            await bench.read(view, row, 1_480_000, 60_000)
         assert any("big" in story.path for story in bench.store.stories.rows())
-        assert state(bench, row) is not NarState.WHOLE
+        assert bench.state(row) is not NarState.WHOLE
 
     run(tmp_path, body)
 
@@ -235,14 +173,14 @@ def test_a_tampered_chunk_is_never_served(tmp_path: Path, cache: PublishedCache,
 def test_with_a_second_source_a_tampered_chunk_is_made_up_for(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
-    flipped(cache.nar("big"), 1_500_000)
+    flip(cache.nar("big"), 1_500_000)
     good = SignedCache(tmp_path / "good", [big], secret=cache.secret)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url + "?priority=1", f"file://{good.directory}?priority=2", keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        assert await read(bench, view, row, 1_480_000, 60_000) == big.nar[1_480_000:1_540_000]
-        assert await read(bench, view, row, 0, 100) == big.nar[:100]
+        view = bench.view(cache.url + "?priority=1", f"{good.url}?priority=2", keys=(cache.key,))
+        row = await bench.looked_up(view, big)
+        assert await bench.read(view, row, 1_480_000, 60_000) == big.nar[1_480_000:1_540_000]
+        assert await bench.read(view, row, 0, 100) == big.nar[:100]
 
     run(tmp_path, body)
 
@@ -290,8 +228,7 @@ def test_without_a_chunk_map_that_counts_the_nar_is_read_whole(
     spoil(cache)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         ready = await bench.store.content(view, row.number, 100, 1000, bench.account)
         assert ready.whole
         assert bench.nar(row.number) == big.nar
@@ -304,18 +241,18 @@ def test_a_chunk_map_is_believed_in_the_views_that_trust_its_key_only(
 ) -> None:
     """Two caches with the same NAR, signed by two keys; a view that trusts one reads nothing that the other vouched for."""
     other = PublishedCache(tmp_path / "other", [big], secret=SecretKey.generate("made-2"))
-    flipped(other.nar("big"), 100_000)
+    flip(other.nar("big"), 100_000)
     other.chunk_map("big").unlink()
 
     async def body(bench: Bench) -> None:
         one = bench.view(cache.url, keys=(cache.key,))
         two = bench.view(other.url, keys=(other.key,))
-        row = await looked_up(bench, one, big)
-        assert (await looked_up(bench, two, big)).number == row.number
-        assert await read(bench, one, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
+        row = await bench.looked_up(one, big)
+        assert (await bench.looked_up(two, big)).number == row.number
+        assert await bench.read(one, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
         with pytest.raises(VeneerError):
-            await read(bench, two, row, 1_000_000, 100)
-        assert await read(bench, one, row, 90_000, 30_000) == big.nar[90_000:120_000]
+            await bench.read(two, row, 1_000_000, 100)
+        assert await bench.read(one, row, 90_000, 30_000) == big.nar[90_000:120_000]
 
     run(tmp_path, body)
 
@@ -349,13 +286,12 @@ def test_ordinary_caches_give_parts_to_deferred_readers_and_all_is_checked_after
         cache = ordinary(tmp_path, big, compression, monkeypatch)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify="deferred")
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big, verify="deferred")
         ready = await bench.store.content(view, row.number, 2_000_000, 100, bench.account)
         assert not ready.whole
-        assert read_of(bench, ready, 2_000_000, 100) == big.nar[2_000_000:2_000_100]
-        await settled(bench)
-        assert state(bench, row) is NarState.WHOLE
+        assert read_ready(bench.cache, ready, 2_000_000, 100) == big.nar[2_000_000:2_000_100]
+        await settled()
+        assert bench.state(row) is NarState.WHOLE
         assert bench.nar(row.number) == big.nar
         assert bench.condemned == []
 
@@ -366,16 +302,15 @@ def test_what_deferred_readers_saw_of_a_wrong_nar_is_condemned(
     tmp_path: Path, big: MadePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = SignedCache(tmp_path / "none", [big])
-    flipped(cache.directory / cache.infos["big"].url, 1_500_000)
+    flip(cache.nar("big"), 1_500_000)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify="deferred")
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 2_000_000, 100)
-        await settled(bench)
+        view, row = await bench.opened(cache, big, verify="deferred")
+        await bench.read(view, row, 2_000_000, 100)
+        await settled()
         assert [number for number, _ in bench.condemned] == [row.number]
         with pytest.raises(HashMismatchError):
-            await read(bench, view, row, 0, 100)
+            await bench.read(view, row, 0, 100)
         assert not any(file.exists() for file in bench.cache.nars.files(row.number))
 
     run(tmp_path, body)
@@ -387,18 +322,17 @@ def test_digests_learnt_from_a_whole_nar_let_it_come_back_in_parts(
     cache = ordinary(tmp_path, big, "xz", monkeypatch)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         assert (await bench.store.content(view, row.number, 0, 100, bench.account)).whole
-        await settled(bench)
+        await settled()
         bench.store.evict(0)
         before = bench.account.wire_bytes
-        assert await read(bench, view, row, 2_000_000, 100) == big.nar[2_000_000:2_000_100]
+        assert await bench.read(view, row, 2_000_000, 100) == big.nar[2_000_000:2_000_100]
         assert bench.account.wire_bytes - before < 200_000
         bench.store.evict(0)
-        flipped(cache.directory / cache.infos["big"].url, 1_000_000)
+        flip(cache.nar("big"), 1_000_000)
         with pytest.raises(VeneerError):
-            await read(bench, view, row, 900_000, 200_000)
+            await bench.read(view, row, 900_000, 200_000)
 
     run(tmp_path, body)
 
@@ -407,10 +341,9 @@ def test_an_interrupted_reader_leaves_the_request_to_the_others(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        one = asyncio.create_task(read(bench, view, row, 800_000, 100))
-        two = asyncio.create_task(read(bench, view, row, 800_000, 100))
+        view, row = await bench.opened(cache, big)
+        one = asyncio.create_task(bench.read(view, row, 800_000, 100))
+        two = asyncio.create_task(bench.read(view, row, 800_000, 100))
         await asyncio.sleep(0)
         one.cancel()
         assert await two == big.nar[800_000:800_100]
@@ -434,16 +367,15 @@ def test_wanted_parts_overtake_those_that_nobody_waits_for(
     monkeypatch.setattr(chunk_fetch, "REQUEST", FRAME)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 0, 10)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 0, 10)
         order.clear()
         begun.clear()
         account = Account()
         loading = asyncio.create_task(bench.store.load(view, big.path, [(0, len(big.nar))], account))
         await begun.wait()
         last = len(big.nar) - 1000
-        assert await read(bench, view, row, last, 100) == big.nar[last : last + 100]
+        assert await bench.read(view, row, last, 100) == big.nar[last : last + 100]
         assert order.index(max(order)) < len(big.nar) // FRAME // 2
         await loading
 
@@ -456,8 +388,7 @@ def test_a_nar_that_arrives_after_its_number_was_condemned_is_kept_under_the_nex
     cache = SignedCache(tmp_path / "xz", [big], compression="xz")
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         whole = asyncio.create_task(bench.store.whole(view, big.path, bench.account))
         while row.number not in bench.store.fetcher.busy:  # noqa: ASYNC110 (a state that nobody announces)
             await asyncio.sleep(0)

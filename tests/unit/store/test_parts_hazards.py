@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.caches import open_cache
+from tests.support.caches import open_cache, read_ready
+from tests.support.damage import flip
 from tests.support.published_cache import PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_path
-from tests.support.store_bench import Bench, run
-from tests.unit.store.test_parts import SIZE, flipped, looked_up, read, read_of, settled, state
+from tests.support.store_bench import Bench, run, settled
 from veneer.cache.chunk_maps import ChunkMap
 from veneer.cache.index import NarState
 from veneer.cache.sparse import SparseNar
@@ -35,21 +35,30 @@ from veneer.store.resolve import Candidate
 from veneer.store.views import View, ViewConfig
 
 USER_ID = 12345
+WRONG = 1_500_000
 
 
 @pytest.fixture(scope="module")
-def big() -> MadePath:
-    return make_path("big", SIZE)
-
-
-@pytest.fixture(scope="module")
-def more() -> MadePath:
-    return make_path("more", SIZE + 8)
+def more(big: MadePath) -> MadePath:
+    return make_path("more", len(big.data) + 8)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, big: MadePath, more: MadePath) -> PublishedCache:
     return PublishedCache(tmp_path / "published", [big, more])
+
+
+@pytest.fixture
+def good(tmp_path: Path, big: MadePath) -> SignedCache:
+    return SignedCache(tmp_path / "good", [big])
+
+
+@pytest.fixture
+def evil(tmp_path: Path, big: MadePath, good: SignedCache) -> SignedCache:
+    """With the same key; the byte at WRONG is another one."""
+    cache = SignedCache(tmp_path / "evil", [big], secret=good.secret)
+    flip(cache.nar("big"), WRONG)
+    return cache
 
 
 class Gate:
@@ -83,13 +92,12 @@ def test_who_loads_waits_for_what_a_reader_took_over(
     monkeypatch.setattr(chunk_fetch, "REQUEST", 1)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         last = parse_chunk_map(cache.chunk_map("big").read_bytes()).chunks[-1]
         gate = Gate(monkeypatch, lambda _, offset: offset == last.compressed_offset)
         loading = asyncio.create_task(bench.store.load(view, big.path, [(0, len(big.nar))], Account()))
         await asyncio.sleep(0)
-        reading = asyncio.create_task(read(bench, view, row, last.offset, 10))
+        reading = asyncio.create_task(bench.read(view, row, last.offset, 10))
         await gate.held.wait()
         await only_tasks("part of", 1)
         for _ in range(5):
@@ -98,7 +106,7 @@ def test_who_loads_waits_for_what_a_reader_took_over(
         gate.open.set()
         assert await reading == big.nar[last.offset : last.offset + 10]
         await loading
-        await settled(bench)
+        await settled()
         assert bench.nar(row.number) == big.nar
 
     run(tmp_path, body)
@@ -113,20 +121,19 @@ def test_what_deferred_readers_saw_is_not_checked_before_all_of_it_is_here(
     last = len(big.nar) // (256 << 10) * (256 << 10)
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify="deferred")
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big, verify="deferred")
         gate = Gate(monkeypatch, lambda _, offset: offset == last)
-        await read(bench, view, row, 2_000_000, 100)
+        await bench.read(view, row, 2_000_000, 100)
         await asyncio.sleep(0)
-        reading = asyncio.create_task(read(bench, view, row, last, 10))
+        reading = asyncio.create_task(bench.read(view, row, last, 10))
         await gate.held.wait()
         await only_tasks("part of", 1)
         rest = next(t for t in asyncio.all_tasks() if t.get_name().startswith("rest of"))
         assert not (await asyncio.wait({rest}, timeout=0.3))[0]
         gate.open.set()
         assert await reading == big.nar[last : last + 10]
-        await settled(bench)
-        assert bench.condemned == [] and state(bench, row) is NarState.WHOLE
+        await settled()
+        assert bench.condemned == [] and bench.state(row) is NarState.WHOLE
 
     run(tmp_path, body)
 
@@ -169,11 +176,11 @@ def test_parts_keep_to_the_caches_limit(
 ) -> None:
     async def body(bench: Bench) -> None:
         view = bench.view(cache.url, keys=(cache.key,))
-        rows = [await looked_up(bench, view, made) for made in (big, more)]
+        rows = [await bench.looked_up(view, made) for made in (big, more)]
         bench.cache.max_bytes = 1_000_000 + sum(row.tree_size for row in rows)
         for made in (big, more):
-            row = await looked_up(bench, view, made)
-            assert await read(bench, view, row, 0, 700_000) == made.nar[:700_000]
+            row = await bench.looked_up(view, made)
+            assert await bench.read(view, row, 0, 700_000) == made.nar[:700_000]
         totals = bench.cache.index.totals()
         assert totals.nar_bytes + totals.tree_bytes <= bench.cache.max_bytes
         assert len(bench.dropped) == 1
@@ -193,9 +200,8 @@ def test_a_completed_nar_that_the_cache_cannot_take_leaves_nothing_behind(
     tmp_path: Path, cache: PublishedCache, big: MadePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 0, 1000)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 0, 1000)
         publish = bench.cache.trees.publish
         failures = [CacheFullError("no space left")]
 
@@ -219,9 +225,8 @@ def test_a_part_that_is_dropped_while_it_is_completed_is_read_whole(
     tmp_path: Path, cache: PublishedCache, big: MadePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 0, 1000)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 0, 1000)
         gate = Gate(monkeypatch, lambda *_: True)
         completing = asyncio.create_task(bench.store.whole(view, big.path, bench.account))
         await gate.held.wait()
@@ -243,9 +248,8 @@ def test_a_wrong_listing_is_found_out_without_fetching_the_nar_again(
     file.write_text(json.dumps(listing))
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        assert await read(bench, view, row, 0, 1000) == big.nar[:1000]
+        view, row = await bench.opened(cache, big)
+        assert await bench.read(view, row, 0, 1000) == big.nar[:1000]
         before = bench.account.wire_bytes
         fresh = await bench.store.whole(view, big.path, bench.account)
         assert fresh.number != row.number and [number for number, _ in bench.condemned] == [row.number]
@@ -256,47 +260,35 @@ def test_a_wrong_listing_is_found_out_without_fetching_the_nar_again(
 
 
 def test_unchecked_bytes_of_a_source_are_shown_in_views_that_have_it_only(
-    tmp_path: Path, big: MadePath, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, big: MadePath, good: SignedCache, evil: SignedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evil = SignedCache(tmp_path / "evil", [big])
-    good = SignedCache(tmp_path / "good", [big], secret=evil.secret)
-    flipped(evil.directory / evil.infos["big"].url, 1_500_000)
-
     async def body(bench: Bench) -> None:
-        one = bench.view(f"file://{evil.directory}", keys=(evil.key,), verify="deferred")
-        two = bench.view(f"file://{good.directory}", keys=(good.key,), verify="deferred")
-        row = await looked_up(bench, one, big)
-        await looked_up(bench, two, big)
+        one, row = await bench.opened(evil, big, verify="deferred")
+        two, _ = await bench.opened(good, big, verify="deferred")
         gate = Gate(monkeypatch, lambda url, offset: "evil" in url and offset > 2_000_000)
-        await read(bench, one, row, 1_500_000, 10)
-        reading = asyncio.create_task(read(bench, two, row, 1_500_000, 10))
+        await bench.read(one, row, 1_500_000, 10)
+        reading = asyncio.create_task(bench.read(two, row, 1_500_000, 10))
         await gate.held.wait()
         gate.open.set()
         with suppress(HashMismatchError):  # it has another number by now
             assert await reading == big.nar[1_500_000:1_500_010]
-        await settled(bench)
+        await settled()
         assert [number for number, _ in bench.condemned] == [row.number]
-        row = await looked_up(bench, two, big)
-        assert await read(bench, two, row, 1_500_000, 10) == big.nar[1_500_000:1_500_010]
+        row = await bench.looked_up(two, big)
+        assert await bench.read(two, row, 1_500_000, 10) == big.nar[1_500_000:1_500_010]
 
     run(tmp_path, body)
 
 
 def test_what_was_shown_unchecked_is_checked_before_the_nar_comes_from_elsewhere(
-    tmp_path: Path, big: MadePath
+    tmp_path: Path, big: MadePath, good: SignedCache, evil: SignedCache
 ) -> None:
-    evil = SignedCache(tmp_path / "evil", [big])
-    good = SignedCache(tmp_path / "good", [big], secret=evil.secret)
-    flipped(evil.directory / evil.infos["big"].url, 1_500_000)
-
     async def body(bench: Bench) -> None:
-        deferring = bench.view(f"file://{evil.directory}", keys=(evil.key,), verify="deferred")
-        strict = bench.view(f"file://{good.directory}", keys=(good.key,))
-        row = await looked_up(bench, deferring, big)
-        await looked_up(bench, strict, big)
-        await read(bench, deferring, row, 1_500_000, 10)
+        deferring, row = await bench.opened(evil, big, verify="deferred")
+        strict, _ = await bench.opened(good, big)
+        await bench.read(deferring, row, 1_500_000, 10)
         await bench.store.whole(strict, big.path, bench.account)
-        await settled(bench)
+        await settled()
         assert [number for number, _ in bench.condemned] == [row.number]
 
     run(tmp_path, body)
@@ -308,11 +300,10 @@ def test_what_was_shown_unchecked_is_condemned_when_the_rest_cannot_be_had(
     cache = SignedCache(tmp_path / "none", [big])
 
     async def body(bench: Bench) -> None:
-        view = bench.view(f"file://{cache.directory}", keys=(cache.key,), verify="deferred")
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 2_000_000, 100)
+        view, row = await bench.opened(cache, big, verify="deferred")
+        await bench.read(view, row, 2_000_000, 100)
         (cache.directory / cache.infos["big"].url).unlink()
-        await settled(bench)
+        await settled()
         assert [number for number, _ in bench.condemned] == [row.number]
         assert not any(file.exists() for file in bench.cache.nars.files(row.number))
         assert open_files_below(bench.cache.root) == []
@@ -328,13 +319,12 @@ def test_unchecked_parts_of_a_trusted_source_do_not_pile_up(
     cache = SignedCache(tmp_path / "none", [big, more])
 
     async def body(bench: Bench) -> None:
-        url = f"file://{cache.directory}?trusted=true"
-        view = bench.view(url, keys=(cache.key,), verify="deferred")
+        view = bench.view(f"{cache.url}?trusted=true", keys=(cache.key,), verify="deferred")
         for made in (big, more, big, more):
-            row = await looked_up(bench, view, made)
+            row = await bench.looked_up(view, made)
             ready = await bench.store.content(view, row.number, 2_000_000, 100, bench.account)
-            assert read_of(bench, ready, 2_000_000, 100) == made.nar[2_000_000:2_000_100]
-            await settled(bench)
+            assert read_ready(bench.cache, ready, 2_000_000, 100) == made.nar[2_000_000:2_000_100]
+            await settled()
         assert len(open_files_below(bench.cache.root)) == 1
         assert len(list((bench.cache.root / "nars").rglob("*.sparse"))) == 1
         assert bench.condemned == []
@@ -350,9 +340,9 @@ def test_a_sparse_nar_that_was_begun_anew_meanwhile_shows_no_holes(
     async def body(bench: Bench) -> None:
         one = bench.view(cache.url, keys=(cache.key,))
         slow = bench.view(cache.url, keys=(cache.key,), ttl=11.0)
-        row = await looked_up(bench, one, big)
-        await looked_up(bench, slow, big)
-        await read(bench, one, row, 1_000_000, 100)
+        row = await bench.looked_up(one, big)
+        await bench.looked_up(slow, big)
+        await bench.read(one, row, 1_000_000, 100)
         bench.store.parts.forget(row.number)
         find = ChunkFinder.find
         entered, go_on = asyncio.Event(), asyncio.Event()
@@ -371,10 +361,10 @@ def test_a_sparse_nar_that_was_begun_anew_meanwhile_shows_no_holes(
             return await find(finder, view, row, candidate, kept, account)  # type: ignore[arg-type]
 
         monkeypatch.setattr(ChunkFinder, "find", slowly)
-        reading = asyncio.create_task(read(bench, slow, row, 1_000_000, 100))
+        reading = asyncio.create_task(bench.read(slow, row, 1_000_000, 100))
         await entered.wait()
         bench.store.evict(0)
-        await read(bench, one, row, 3_000_000, 100)
+        await bench.read(one, row, 3_000_000, 100)
         bench.store.parts.forget(row.number)  # as when many others are open
         go_on.set()
         assert await reading == big.nar[1_000_000:1_000_100]
@@ -387,14 +377,13 @@ def test_a_damaged_chunk_map_in_the_index_is_fetched_again(
 ) -> None:
     async def first(bench: Bench) -> None:
         view = bench.view(cache.url, keys=(cache.key,))
-        await read(bench, view, await looked_up(bench, view, big), 1_000_000, 100)
+        await bench.read(view, await bench.looked_up(view, big), 1_000_000, 100)
         bench.cache.index.database.run("UPDATE chunk_maps SET chunks = x'00'")
         bench.cache.index.flush()
 
     async def second(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        assert await read(bench, view, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
+        view, row = await bench.opened(cache, big)
+        assert await bench.read(view, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
 
     run(tmp_path, first)
     run(tmp_path, second)
@@ -427,10 +416,10 @@ def test_an_unsigned_chunk_map_of_one_source_says_nothing_of_another(
             return bench.views[-1]
 
         one, two = unsigned(evil.url), unsigned(cache.url)
-        row = await looked_up(bench, one, big)
-        assert (await looked_up(bench, two, big)).number == row.number
-        assert await read(bench, one, row, 1_500_000, 10) != big.nar[1_500_000:1_500_010]
-        assert await read(bench, two, row, 1_500_000, 10) == big.nar[1_500_000:1_500_010]
+        row = await bench.looked_up(one, big)
+        assert (await bench.looked_up(two, big)).number == row.number
+        assert await bench.read(one, row, 1_500_000, 10) != big.nar[1_500_000:1_500_010]
+        assert await bench.read(two, row, 1_500_000, 10) == big.nar[1_500_000:1_500_010]
 
     run(tmp_path, body)
 
@@ -439,8 +428,7 @@ def test_a_cache_without_room_for_parts_leaves_it_to_reading_whole(
     tmp_path: Path, cache: PublishedCache, big: MadePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
 
         def full(*_: object) -> SparseNar:
             raise CacheFullError("no space left")
@@ -458,8 +446,7 @@ def test_a_sparse_nar_is_never_taken_for_the_one_before_it(
     """Inodes are used again at once; a mount server that hears late of the old file must not read holes of the new one."""
 
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
+        view, row = await bench.opened(cache, big)
         directory = os.open(bench.cache.root, os.O_RDONLY)
         try:
             for offset in (1_000_000, 3_000_000, 2_000_000):
@@ -479,11 +466,10 @@ def test_a_sparse_nar_that_somebody_removed_is_begun_again(
     tmp_path: Path, cache: PublishedCache, big: MadePath
 ) -> None:
     async def body(bench: Bench) -> None:
-        view = bench.view(cache.url, keys=(cache.key,))
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 1_000_000, 100)
+        view, row = await bench.opened(cache, big)
+        await bench.read(view, row, 1_000_000, 100)
         bench.cache.nars.files(row.number)[1].unlink()
-        assert await read(bench, view, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
+        assert await bench.read(view, row, 1_000_000, 100) == big.nar[1_000_000:1_000_100]
 
     run(tmp_path, body)
 
@@ -494,40 +480,32 @@ def test_a_check_of_the_cache_leaves_sparse_nars_alone_that_no_row_tells_of(
     cache = SignedCache(tmp_path / "none", [big])
 
     async def body(bench: Bench) -> None:
-        url = f"file://{cache.directory}?trusted=true"
-        view = bench.view(url, keys=(cache.key,), verify="deferred")
-        row = await looked_up(bench, view, big)
-        await read(bench, view, row, 2_000_000, 100)
-        await settled(bench)
+        view, row = await bench.opened(cache, big, "?trusted=true", verify="deferred")
+        await bench.read(view, row, 2_000_000, 100)
+        await settled()
         assert row.number in bench.store.busy
 
     run(tmp_path, body)
 
 
 def test_parts_of_a_source_that_gives_none_any_more_are_compared_with_the_whole(
-    tmp_path: Path, big: MadePath, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, big: MadePath, good: SignedCache, evil: SignedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evil = SignedCache(tmp_path / "evil", [big])
-    good = SignedCache(tmp_path / "good", [big], secret=evil.secret)
-    flipped(evil.directory / evil.infos["big"].url, 1_500_000)
-
     async def body(bench: Bench) -> None:
-        deferring = bench.view(f"file://{evil.directory}", keys=(evil.key,), verify="deferred")
-        strict = bench.view(f"file://{good.directory}", keys=(good.key,))
-        row = await looked_up(bench, deferring, big)
-        await looked_up(bench, strict, big)
-        await read(bench, deferring, row, 1_500_000, 10)
+        deferring, row = await bench.opened(evil, big, verify="deferred")
+        strict, _ = await bench.opened(good, big)
+        await bench.read(deferring, row, 1_500_000, 10)
 
         async def none(*_: object) -> bytes:
             raise RangesUnsupportedError
 
         monkeypatch.setattr(ObjectStoreSource, "part", none)
-        await settled(bench)
+        await settled()
         assert bench.condemned == []
         fresh = await bench.store.whole(strict, big.path, bench.account)
         assert [number for number, _ in bench.condemned] == [row.number]
         assert bench.nar(fresh.number) == big.nar
-        await settled(bench)  # its digests are learnt
+        await settled()  # its digests are learnt
         assert open_files_below(bench.cache.root) == []
 
     run(tmp_path, body)

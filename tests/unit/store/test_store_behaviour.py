@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.golden import FOREIGN, GOLDEN, PATHS, copy_of, nar_file_of, url
+from tests.support.damage import flip, nar_file_of
+from tests.support.golden import FOREIGN, GOLDEN, PATHS, copy_of, url
 from tests.support.store_bench import Bench, eager, run
 from veneer.model.errors import HashMismatchError, SourceError, TrustError, VeneerError
 from veneer.model.path_info import UnverifiedPathInfo
@@ -131,10 +132,8 @@ def test_another_name_with_the_same_hash_part_is_absent(tmp_path: Path) -> None:
 def test_a_corrupt_nar_is_quarantined_and_the_next_source_serves(tmp_path: Path) -> None:
     bad = copy_of("none", tmp_path / "bad")
     path = PATHS["leaf"]
-    nar = nar_file_of(bad, path)
-    data = bytearray(nar.read_bytes())
-    data[len(data) // 2] ^= 1
-    nar.write_bytes(data)
+    nar = nar_file_of(bad, path.hash_part)
+    flip(nar)
 
     async def body(bench: Bench) -> None:
         view = bench.view(f"file://{bad}?priority=1", url("zstd") + "?priority=2")
@@ -151,7 +150,7 @@ def test_a_corrupt_nar_is_quarantined_and_the_next_source_serves(tmp_path: Path)
 
 def test_a_truncated_nar_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     bad = copy_of("xz", tmp_path / "bad")
-    nar = nar_file_of(bad, PATHS["leaf"])
+    nar = nar_file_of(bad, PATHS["leaf"].hash_part)
     nar.write_bytes(nar.read_bytes()[:-20])
 
     async def body(bench: Bench) -> None:

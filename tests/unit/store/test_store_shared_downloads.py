@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.golden import GOLDEN, PATHS, copy_of, nar_file_of, url
+from tests.support.damage import nar_file_of
+from tests.support.golden import GOLDEN, PATHS, copy_of, url
 from tests.support.store_bench import Bench, run
 from veneer.cache.nars import Bytes, IncomingNar
 from veneer.daemon.compose import build_view
@@ -70,7 +71,7 @@ def test_a_strict_source_that_stands_in_for_a_deferred_one_is_verified_before_it
     tmp_path: Path,
 ) -> None:
     empty = copy_of("none", tmp_path / "empty")
-    nar_file_of(empty, LEAF).unlink()
+    nar_file_of(empty, LEAF.hash_part).unlink()
 
     async def body(bench: Bench) -> None:
         sources = [
@@ -95,7 +96,7 @@ def test_a_strict_source_that_stands_in_for_a_deferred_one_is_verified_before_it
 
 def test_a_view_whose_sources_work_is_served_although_the_download_it_joined_fails(tmp_path: Path) -> None:
     empty = copy_of("none", tmp_path / "empty")
-    nar_file_of(empty, LEAF).unlink()
+    nar_file_of(empty, LEAF.hash_part).unlink()
 
     async def body(bench: Bench) -> None:
         poor, rich = bench.view(f"file://{empty}"), bench.view(url("zstd"))
