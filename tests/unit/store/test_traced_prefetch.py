@@ -11,8 +11,8 @@ import pytest
 from tests.support.callers import eventually
 from tests.support.faulty_http import FaultyServer, Stall, Status
 from tests.support.published_cache import PublishedCache
-from tests.support.store_bench import Bench, eager, run
-from tests.unit.store.test_libraries import BULK, REFERENCES, held, read, settled, world
+from tests.support.store_bench import Bench, eager, run, settled
+from tests.unit.store.test_libraries import BULK, REFERENCES, held, read, world
 from veneer.formats.trace import Trace, TracedFile, TracedPath
 from veneer.model.hashes import Hash
 from veneer.store import prefetch
