@@ -25,7 +25,7 @@ import brotli
 import lz4.frame
 import zstandard
 
-from tests.fuzz import reference_nar
+from tests.fuzz import foreign_formats, fuse_requests, own_formats, reference_nar
 from tests.support.mountinfo import write_mountinfo
 from tests.support.worker_client import client_hello, encode_request
 from veneer.formats import (
@@ -283,7 +283,7 @@ def run_request_wire(data: bytes) -> None:
         Kind.CONTENT: request_wire.content,
         Kind.FOUND: request_wire.found,
         Kind.ABSENT: request_wire.absent,
-        Kind.FAILED: request_wire.failed,
+        Kind.FAILED: lambda body: (request_wire.failed(body), request_wire.failed_exit_code(body)),
         Kind.READY: request_wire.ready,
         Kind.TOUCHED: request_wire.touched,
         Kind.QUARANTINED: request_wire.quarantined,
@@ -483,6 +483,17 @@ TARGETS: dict[str, Target] = {
     "mountinfo": Target(run_mountinfo, (_MOUNTS,)),
     "seek_table": Target(run_seek_table, (seekable_zstd.write_seek_table([(50, 100), (60, 70)]),)),
     "chunk_map": Target(run_chunk_map, (_CHUNKS,)),
+    "bundle": Target(own_formats.run_bundle, own_formats.BUNDLES),
+    "bundle_frame": Target(own_formats.run_bundle_frame, own_formats.BUNDLE_FRAMES),
+    "trace": Target(own_formats.run_trace, own_formats.TRACES),
+    "trace_match": Target(own_formats.run_trace_match, own_formats.MATCHES, 1024),
+    "touches": Target(own_formats.run_touches, own_formats.TOUCHES, 1024),
+    "elf": Target(foreign_formats.run_elf, foreign_formats.ELFS),
+    "xz_index": Target(foreign_formats.run_xz_index, foreign_formats.XZ_INDEXES, 512),
+    "xz_block": Target(foreign_formats.run_xz_block, foreign_formats.XZ_BLOCKS),
+    "overlay_url": Target(foreign_formats.run_overlay_url, foreign_formats.OVERLAY_URLS, 1024),
+    "fuse_requests": Target(fuse_requests.run_fuse_requests, fuse_requests.REQUESTS),
+    "damaged_mount": Target(fuse_requests.run_damaged_mount, fuse_requests.DAMAGED),
     "request_wire": Target(run_request_wire, _request_seeds()),
     "worker_wire": Target(run_worker_wire, _worker_seeds(), 8192),
     **{
