@@ -86,14 +86,13 @@ def run(
     """
     settings = with_host_store(load_settings(flags), nix)
     words = shell_or(command)
-    brought = None if ahead is None else read_trace(ahead)
     layer = None
     if name is not None:
         from veneer import environment
 
         claimed = environment.claim(settings.environments_dir, name)
         if isinstance(claimed, environment.Living):
-            return _join(output, settings, claimed, words, report, trace, brought)
+            return _join(output, settings, claimed, words, report, trace, ahead)
         layer = claimed
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
@@ -102,7 +101,8 @@ def run(
         daemon = stack.enter_context(
             contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted))
         )
-        companion: Companion = daemon if brought is None else prefetching(daemon, brought, words)
+        # The trace is read while the daemon starts.
+        companion: Companion = daemon if ahead is None else prefetching(daemon, read_trace(ahead), words)
         from veneer import environment  # while the daemon starts
 
         notes = None
@@ -128,7 +128,10 @@ def run(
             companion=companion,
             layer=layer,
         )
-        figures = _figures(daemon.client, outcome.report, output) if report or not output.quiet else None
+        wants_all = report is not None or output.json
+        figures = None
+        if wants_all or not output.quiet:
+            figures = _figures(daemon.client, outcome.report, output, wants_all=wants_all)
     document = combine(words, outcome.status, time.monotonic() - began, outcome.report, figures)
     if report is not None:
         _write_report(report, document)
@@ -162,7 +165,7 @@ def _join(
     words: list[str],
     report: str | None,
     trace: str | None,
-    brought: Trace | None,
+    ahead: str | None,
 ) -> int:
     """The command in an environment that another one owns, whose figures these are."""
     if not has_sources_of(settings, living):
@@ -174,9 +177,10 @@ def _join(
             f"no trace: the environment {living.name} belongs to another command; its own has what all of them read"
         )
     with contextlib.ExitStack() as stack:
-        if brought is not None:
+        if ahead is not None:
             from veneer.cli.recording import request, roots_in
 
+            brought = read_trace(ahead)
             client = connect(settings.cache_dir, settings.view(os.urandom(8).hex()))
             if client is not None:
                 stack.enter_context(client).tell("prefetch", request(brought, roots_in(words)))
@@ -184,16 +188,22 @@ def _join(
     return end_as(outcome.status, outcome.signal)
 
 
-def _figures(client: Client, mount: Mapping[str, object], output: Output) -> dict[str, object] | None:
-    """The daemon's account of this run; None when nothing was touched or it cannot tell."""
+def _figures(
+    client: Client, mount: Mapping[str, object], output: Output, *, wants_all: bool
+) -> dict[str, object] | None:
+    """The daemon's account of this run; None when nothing was touched or it cannot tell.
+
+    ``wants_all``: of the whole closure, however long its paths have to be asked for; the line for people does without.
+    """
     names = touched(mount)
     if not names:
         return None
     try:
-        with contextlib.suppress(
-            VeneerError
-        ):  # a path of the closure is missing in the caches: count what is known
-            client.control("closure", {"paths": names}, seconds=FIGURES_SECONDS)
+        if wants_all:
+            with contextlib.suppress(
+                VeneerError
+            ):  # a path of it is missing in the caches: count what is known
+                client.control("closure", {"paths": names}, seconds=FIGURES_SECONDS)
         return client.control("report", seconds=FIGURES_SECONDS)
     except VeneerError as error:
         output.note(f"no figures from the daemon: {error.story()}")

@@ -229,8 +229,8 @@ class Store:
         self._ahead.trace_ended(view, account)
 
     def knows_closure(self, view: View, account: Account) -> bool:
-        """Whether nothing is being asked of the session's closures."""
-        return self._ahead.is_complete(view, account)
+        """Whether the session's closures were asked for, and nothing of them is under way."""
+        return self._limits.prefetch and self._ahead.is_complete(view, account)
 
     def expect_parts(self, candidate: Candidate, account: Account) -> None:
         """Parts of this path will be wanted, while its source is told of a trace (``RememberedSource.traced``)."""
