@@ -31,7 +31,7 @@ from typing import Any
 import pytest
 
 from tests.integration.test_http_source_faults import Authority
-from tests.support.caches import Clock, open_cache, ready_file
+from tests.support.caches import Clock, open_cache, read_ready
 from tests.support.callers import Caller, eventually
 from tests.support.fault_cells import BYSTANDER, CELLS, CUT, LATE, VICTIM, Cell, Verify
 from tests.support.faulty_http import (
@@ -46,6 +46,7 @@ from tests.support.faulty_http import (
 )
 from tests.support.raw_http import RawServer, response
 from tests.support.signed_cache import MadePath, SignedCache, make_path
+from tests.support.store_bench import Bench
 from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.formats.signature import SecretKey
 from veneer.formats.tree_index import encode_tree
@@ -54,10 +55,8 @@ from veneer.sources.base import Source
 from veneer.sources.chain import SourceChain
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.sources.options import SourceOptions, parse_source_url
-from veneer.store.account import Account
 from veneer.store.remembered import RememberedSource
 from veneer.store.resolve import AbsentError
-from veneer.store.store import Limits, Notices, Store
 from veneer.store.views import SourceSetting, View, ViewConfig, open_view
 
 LIMIT = 10.0
@@ -68,8 +67,8 @@ QUARANTINE = 3601.0
 PIECE = 1 << 20
 
 
-class Trial:
-    """A store, its cache and the views of one arrangement."""
+class Trial(Bench):
+    """A store, its cache and the view of one arrangement."""
 
     def __init__(
         self,
@@ -79,14 +78,12 @@ class Trial:
         verify: Verify,
         options: SourceOptions,
     ) -> None:
+        clock = Clock(time.time())
+        super().__init__(open_cache(root, clock), clock)
         self.bad = urls[0]
         self.deferred = verify == "deferred"
-        self.clock = Clock(time.time())
-        self.cache = open_cache(root, self.clock)
-        notices = Notices(lambda number: None, lambda number, path: None, lambda path: None)
-        self.store = Store(self.cache, self.clock, notices, Limits(prefetch=False))
-        self.account = Account()
-        self.view = self._view(urls, key, verify, options)
+        self.only = self._view(urls, key, verify, options)
+        self.views.append(self.only)
 
     def _view(self, urls: Sequence[str], key: str, verify: Verify, options: SourceOptions) -> View:
         async def sleep(seconds: float) -> None:
@@ -103,24 +100,17 @@ class Trial:
         )
         return open_view(config, make_source, lambda sources: SourceChain(sources, clock=self.clock))
 
-    async def close(self) -> None:
-        await self.store.close()
-        await self.view.close()
-        self.cache.close()
-
-    async def read(self, made: MadePath) -> tuple[bytes, VeneerError | None]:
+    async def read_whole(self, made: MadePath) -> tuple[bytes, VeneerError | None]:
         """Open and read the whole NAR as a mount server does: what came, and the error that ended it."""
         data = b""
         began = time.monotonic()
         try:
             async with asyncio.timeout(3 * LIMIT):
-                row = await self.store.lookup(self.view, made.path, self.account)
+                row = await self.looked_up(self.only, made)
                 while len(data) < row.nar_size:
                     size = min(PIECE, row.nar_size - len(data))
-                    ready = await self.store.content(self.view, row.number, len(data), size, self.account)
-                    with ready_file(self.cache, ready).open("rb") as opened:
-                        opened.seek(len(data))
-                        piece = opened.read(size)
+                    ready = await self.store.content(self.only, row.number, len(data), size, self.account)
+                    piece = read_ready(self.cache, ready, len(data), size)
                     assert len(piece) == size, "fewer bytes than were announced"
                     data += piece
             failure = None
@@ -129,7 +119,7 @@ class Trial:
         finally:
             if self.store.busy:
                 with contextlib.suppress(VeneerError):  # of a deferred one the end is told to nobody
-                    await self.store.whole(self.view, made.path, self.account)
+                    await self.store.whole(self.only, made.path, self.account)
         assert time.monotonic() - began < LIMIT
         return data, failure
 
@@ -140,9 +130,6 @@ class Trial:
         assert self.deferred or len(data) in (0, len(VICTIM.nar)), (
             "a part was given out before it was verified"
         )
-
-    def stories(self) -> str:
-        return "\n".join(f"{story.path}: {story.text}" for story in self.store.stories.rows())
 
     def check_cache(self) -> None:
         """Files and rows agree, and every NAR is the signed one."""
@@ -194,7 +181,7 @@ async def trial(
 async def check(trial: Trial, case: Cell, *, alone: bool, heal: Callable[[], None]) -> None:
     """One cell in one arrangement, before and after the server is well again."""
     flipped = case.kind == "nar" and case.alone == "error"
-    data, failure = await trial.read(VICTIM)
+    data, failure = await trial.read_whole(VICTIM)
     trial.check_bytes(data, flipped=flipped)
     trial.check_cache()
     stories = trial.stories()
@@ -204,7 +191,7 @@ async def check(trial: Trial, case: Cell, *, alone: bool, heal: Callable[[], Non
         assert re.search(case.said, stories), stories
         assert trial.bad in stories or case.alone == "reopened"
     if alone and failure is None and trial.deferred and case.alone != "served":
-        data, failure = await trial.read(
+        data, failure = await trial.read_whole(
             VICTIM
         )  # all bytes were given before the fault was found: it is found now
         assert (failure is None) is (case.alone == "reopened")
@@ -212,19 +199,19 @@ async def check(trial: Trial, case: Cell, *, alone: bool, heal: Callable[[], Non
         check_ending(case, data, failure)
     elif trial.deferred or case.alone == "reopened":
         assert trial.deferred or failure is not None
-        again, failure = await trial.read(VICTIM)
+        again, failure = await trial.read_whole(VICTIM)
         assert failure is None, f"not served by the good source: {failure.story()}"
         assert again == VICTIM.nar
     else:
         assert failure is None, f"not served by the good source: {failure.story()}"
         assert data == VICTIM.nar
     if alone and case.alone == "reopened":
-        assert await trial.read(VICTIM) == (VICTIM.nar, None)
+        assert await trial.read_whole(VICTIM) == (VICTIM.nar, None)
     trial.clock.now += 10  # a source that failed rests
-    assert await trial.read(BYSTANDER) == (BYSTANDER.nar, None)
+    assert await trial.read_whole(BYSTANDER) == (BYSTANDER.nar, None)
     heal()
     trial.clock.now += QUARANTINE
-    again, failure = await trial.read(VICTIM)
+    again, failure = await trial.read_whole(VICTIM)
     assert failure is None, f"not served after the server was healed: {failure.story()}"
     assert again == VICTIM.nar
     trial.check_cache()
@@ -355,7 +342,7 @@ def test_a_server_that_cannot_be_reached_is_an_error_and_the_next_one_serves(
         async def arrangement(at: int, verify: Verify, count: int) -> None:
             sources = (urls[kind], well.url)[:count]
             async with trial(tmp_path / str(at), sources, cache.key, verify, PATIENT) as one:
-                data, failure = await one.read(VICTIM)
+                data, failure = await one.read_whole(VICTIM)
                 assert re.search(UNREACHABLE[kind], one.stories()), one.stories()
                 assert urls[kind] in one.stories()
                 if count == 1:
@@ -380,12 +367,12 @@ def test_a_clock_that_was_set_back_prolongs_no_refusal(
         bad = pool(cache)[at]
         bad.fail(cache.file("victim", kind), fault)
         async with trial(tmp_path / str(at), (bad.url,), cache.key, verify, PATIENT) as one:
-            await one.read(VICTIM)
-            _, failure = await one.read(VICTIM)
+            await one.read_whole(VICTIM)
+            _, failure = await one.read_whole(VICTIM)
             assert failure is not None
             bad.heal()
             one.clock.now -= 365 * 86400
-            assert await one.read(VICTIM) == (VICTIM.nar, None)
+            assert await one.read_whole(VICTIM) == (VICTIM.nar, None)
 
     in_all_arrangements(arrangement)
 

@@ -80,7 +80,8 @@ class Cell:
                 server.fail(fault.headers["Location"], fault)  # a circle
 
 
-def error(
+def cell(
+    alone: Ending,
     kind: Kind,
     name: str,
     said: str,
@@ -89,21 +90,13 @@ def error(
     compression: str = "none",
     sized: bool = True,
 ) -> Cell:
-    """A narinfo or a NAR that cannot be had: EIO alone."""
-    return Cell(kind, name, faults, "error", said, silent, compression, sized)
+    return Cell(kind, name, faults, alone, said, silent, compression, sized)
 
 
-def served(
-    kind: Kind,
-    name: str,
-    said: str,
-    *faults: Told,
-    silent: bool = False,
-    compression: str = "none",
-    sized: bool = True,
-) -> Cell:
-    """Alone, too, the reader gets the bytes."""
-    return Cell(kind, name, faults, "served", said, silent, compression, sized)
+error = functools.partial(cell, "error")
+"""A narinfo or a NAR that cannot be had: EIO alone."""
+served = functools.partial(cell, "served")
+"""Alone, too, the reader gets the bytes."""
 
 
 def everywhere(
@@ -196,7 +189,7 @@ DENIED = [
     made
     for status in (403, 404, 410)
     for made in (
-        Cell("narinfo", f"{status}", (Status(status),), "absent", ""),
+        cell("absent", "narinfo", f"{status}", "", Status(status)),
         served("ls", f"{status}", "", Status(status)),
         error("nar", f"{status}", f"HTTP status {status}", Status(status)),
     )
@@ -234,7 +227,7 @@ NARINFOS = [
     ),
     error("narinfo", "zstd bomb", "narinfo", lambda cache: Body(bomb("zstd", 64 << 20))),
     error("narinfo", "xz bomb", "narinfo", lambda cache: Body(bomb("xz", 16 << 20))),
-    Cell("narinfo", "another name", (edited(r"(StorePath: \S*)m$", r"\1n"),), "absent", ""),
+    cell("absent", "narinfo", "another name", "", edited(r"(StorePath: \S*)m$", r"\1n")),
     served("narinfo", "wrong encoding header", "", Encoded("identity")),
 ]
 LISTINGS = [
@@ -250,13 +243,13 @@ LISTINGS = [
         "ls|listing",
         Body(b'{"version":1,"root":' + b'{"type":"directory","entries":{"a":' * 100_000),
     ),
-    Cell("ls", "a name that is another", (listing_with(b'"data":', b'"dat4":'),), "reopened", "listing"),
-    Cell(
+    cell("reopened", "ls", "a name that is another", "listing", listing_with(b'"data":', b'"dat4":')),
+    cell(
+        "reopened",
         "ls",
         "a link that leads elsewhere",
-        (listing_with(b'"target":"data"', b'"target":"/etc"'),),
-        "reopened",
         "listing",
+        listing_with(b'"target":"data"', b'"target":"/etc"'),
     ),
 ]
 NARS = [
