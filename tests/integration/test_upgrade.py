@@ -219,7 +219,7 @@ def test_files_replaced_in_place_are_taken_up_when_they_serve(
         reading.check()
 
 
-def test_a_keeper_that_cannot_begin_becomes_the_one_before(
+def test_a_keeper_that_could_not_begin_does_not_take_over(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
     caller.use(readable.cache.url, key=readable.cache.key)
@@ -230,7 +230,7 @@ def test_a_keeper_that_cannot_begin_becomes_the_one_before(
     with reading_in_run(old, readable) as reading:
         keeper = keeper_of(reading.process.pid)
         (row,) = upgrade(new, status=1)["running"]
-        assert "the new keeper cannot begin; the one before goes on" in row["why"]
+        assert "the new keeper cannot start: RuntimeError: it was broken on purpose" in row["why"]
         assert [(row["state"], row["pid"], row["before"]) for row in upgrade(old)["running"]] == [
             ("current", keeper, "1.0")
         ]

@@ -82,6 +82,7 @@ ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "read": read,
     "crowd": crowd,
     "look": look,
+    "list": lambda path: {"names": [entry.name for entry in os.scandir(path)]},
 }
 
 

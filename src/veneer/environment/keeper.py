@@ -11,6 +11,8 @@ that namespace, so that no process inside can see or kill it, and it never leave
 K1: while it holds /dev/fuse, a server runs, or is about to. When the environment ends, its processes may sleep until their
 reads are answered; then a server can neither live nor be started (the kernel lets nobody into a pid namespace that ends),
 and the descriptor is closed.
+K2: it has loaded all that a server is before the first one serves, and every one is a fork of it: the program's files may be
+replaced, or go, at any time.
 
 Whoever may speak to it (``running``) can have another version of the program take over (``takeover``): first a mount server of that
 version, then the keeper itself becomes that program, and stays the same process with the same children.
@@ -103,7 +105,7 @@ def keep(task: InitTask, means: Means, parent: int) -> NoReturn:
 
 
 def resumed(handover: Handover) -> Servers:
-    """What a keeper of another version left to this process, which it was."""
+    """What a keeper of another version left to this process, which it was; or leaves, when this is only an attempt (``takeover``)."""
     syscalls.set_process_name("veneer-keeper")
     syscalls.set_parent_death_signal(signal.SIGKILL)
     fds = handover.fds
@@ -118,10 +120,12 @@ def resumed(handover: Handover) -> Servers:
     return servers
 
 
-def go_on(servers: Servers) -> NoReturn:
-    """After ``resumed``. Never returns; ends the process."""
+def go_on(servers: Servers, caller_fd: int) -> NoReturn:
+    """After ``resumed``: the end of the upgrade that ``caller_fd`` asked for. Never returns; ends the process."""
     status = OUR_FAULT
     try:
+        with socket.socket(fileno=caller_fd) as caller:
+            running.reply(caller, {"version": this_program().version})
         servers.watch()
         status = 0
     except BaseException as error:  # noqa: BLE001 - the process ends here; the supervisor raises it
@@ -150,13 +154,12 @@ class Servers:
         self._mounted_on = mounted_on
         self._fuse_fd = fuse_fd
         self._init = init
-        self._load = serving.mount_server(means.content)
+        self._serve = serving.mount_server(means.content)
         self._program = this_program()
         self._link = link
         self.channel = channel
         self._init_fd = init_fd
         self._succession = succession or Succession(fuse_fd)
-        self._serve: serving.Serve | None = None
         self._since = time.monotonic()
         self._number = 0
         self._pid = 0
@@ -169,19 +172,16 @@ class Servers:
     def begin(self, go_fd: int) -> None:
         """``go_fd``: what the first server waits for."""
         try:
-            self._start(self._load, go_fd)
+            self._start(go_fd)
         except OSError as error:
             self._give_up(f"it cannot be started: {error.strerror}")
         os.close(go_fd)
 
     def inherit(self, handover: Handover) -> None:
-        """Instead of ``begin``, and the end of the upgrade that this is part of."""
+        """Instead of ``begin``."""
         self._since, self._number = handover.since, handover.number
         self._pid, self._pidfd = handover.pids["server"], handover.fds["server"]
         self._lingering = dict(handover.lingering)
-        self._loaded()  # from here on its files may be replaced
-        with socket.socket(fileno=handover.fds["caller"]) as caller:
-            running.reply(caller, {"version": self._program.version})
 
     def watch(self) -> None:
         """Until init has ended."""
@@ -217,20 +217,15 @@ class Servers:
         else:
             self._link.close()  # init is ending
 
-    def _start(self, load: serving.LoadServer, go_fd: int = -1) -> None:
+    def _start(self, go_fd: int = -1) -> None:
         self._number += 1
         means, succession = self._means, self._succession
         duty = serving.Duty(
             self._fuse_fd, means.cache_fd, means.report_fd, succession.writer, self._number, succession.session, self._since, go_fd
         )  # fmt: skip
-        self._pid = serving.start(load, duty)
+        self._pid = serving.start(self._serve, duty)
         self._pidfd = os.pidfd_open(self._pid)
         self._was_dead = False
-
-    def _loaded(self) -> serving.Serve:
-        if self._serve is None:
-            self._serve = self._load()
-        return self._serve
 
     def _reap(self) -> str:
         """How the server ended."""
@@ -245,7 +240,7 @@ class Servers:
         obstacle = self._succession.obstacle(time.monotonic())
         while obstacle is None:
             try:
-                self._start(self._loaded)
+                self._start()
             except BlockingIOError:  # too many processes
                 obstacle = self._succession.obstacle(time.monotonic())
                 time.sleep(_CALM)
@@ -305,18 +300,13 @@ class Servers:
         hindrance = self._succession.hindrance() if serving_still else "it is ending"
         if hindrance is not None:
             return _refused(hindrance)
-        with contextlib.suppress(Exception):
-            self._loaded()  # what there may be to go back to: its files may be replaced already
-        try:
-            heir = self._heir(program)
-        except OSError as error:
-            return _refused(f"the new mount server cannot be started: {error.strerror}")
-        obstacle = heir.obstacle((self._pidfd, self._init_fd, self._link.fileno()))
-        if obstacle is not None:
-            heir.dismiss()
-            if not obstacle:
-                return _refused("the mount server ended meanwhile", again=True)
-            return _refused(f"the new mount server cannot start: {obstacle}")
+        keeper = self._prepared(program, "keeper", self._for_keeper(caller))
+        if not isinstance(keeper, Heir):
+            return keeper
+        keeper.dismiss()
+        heir = self._prepared(program, "mount server", self._for_server())
+        if not isinstance(heir, Heir):
+            return heir
         self._end_server()
         if _ends(self._pidfd, _LOOK_SECONDS):
             self._reap()
@@ -332,16 +322,25 @@ class Servers:
             return _refused("the new mount server did not answer the kernel")
         return self._become(program, caller)
 
-    def _heir(self, program: Program) -> Heir:
-        """Its own process: the new program, which loads."""
+    def _prepared(self, program: Program, what: str, fds: Mapping[str, int]) -> Heir | running.Answer:
+        """The new program in a process of its own, which could be ``what`` ("keeper", "mount server"); or why it cannot."""
+        try:
+            heir = self._heir(program, what, fds)
+        except OSError as error:
+            return _refused(f"the new {what} cannot be started: {error.strerror}")
+        obstacle = heir.obstacle((self._pidfd, self._init_fd, self._link.fileno()))
+        if obstacle is None:
+            return heir
+        heir.dismiss()
+        if not obstacle:
+            return _refused("the mount server ended meanwhile", again=True)
+        return _refused(f"the new {what} cannot start: {obstacle}")
+
+    def _heir(self, program: Program, what: str, given: Mapping[str, int]) -> Heir:
         ready_reader, ready = os.pipe2(os.O_CLOEXEC)
         go, go_writer = os.pipe2(os.O_CLOEXEC)
         said = os.memfd_create("veneer-said", os.MFD_CLOEXEC)
-        means, succession = self._means, self._succession
-        fds = {
-            "fuse": self._fuse_fd, "cache": means.cache_fd, "report": means.report_fd, "session": succession.writer,
-            "ready": ready, "go": go,
-        }  # fmt: skip
+        fds = {**given, "ready": ready, "go": go}
         try:
             pid = os.fork()
             if pid == 0:
@@ -349,7 +348,8 @@ class Servers:
                     fds["stderr"] = os.dup(2)
                     os.dup2(said, 2)
                     handover = self._handover(self._number + 1, fds)
-                    takeover.become(program, "server", handover, list(fds.values()))
+                    role = "attempt" if what == "keeper" else "server"
+                    takeover.become(program, role, handover, [*fds.values(), *self._lingering])
                 except BaseException as error:  # noqa: BLE001 - the process ends here
                     os.write(2, takeover.refusal(error).encode())
                 finally:
@@ -369,8 +369,22 @@ class Servers:
         pids = {"init": self._init, "server": self._pid}
         return Handover(
             self._means.content, session, number, self._since, self._means.about, self._mounted_on,
-            fds, pids, self._lingering, self._program,
+            fds, pids, self._lingering,
         )  # fmt: skip
+
+    def _for_server(self) -> dict[str, int]:
+        means = self._means
+        return {
+            "fuse": self._fuse_fd, "cache": means.cache_fd, "report": means.report_fd, "session": self._succession.writer,
+        }  # fmt: skip
+
+    def _for_keeper(self, caller: socket.socket) -> dict[str, int]:
+        assert self._means.listening is not None
+        return {
+            **self._for_server(), "told": self._succession.reader, "link": self._link.fileno(),
+            "channel": self.channel.fileno(), "init": self._init_fd, "server": self._pidfd,
+            "listening": self._means.listening.fileno(), "caller": caller.fileno(),
+        }  # fmt: skip
 
     def _take_back(self) -> None:
         """A server of this program, in the place of one that does not serve."""
@@ -385,14 +399,7 @@ class Servers:
 
     def _become(self, program: Program, caller: socket.socket) -> running.Answer:
         """Returns only when that failed."""
-        assert self._means.listening is not None
-        means, succession = self._means, self._succession
-        fds = {
-            "fuse": self._fuse_fd, "cache": means.cache_fd, "report": means.report_fd,
-            "told": succession.reader, "session": succession.writer,
-            "link": self._link.fileno(), "channel": self.channel.fileno(), "init": self._init_fd, "server": self._pidfd,
-            "listening": self._means.listening.fileno(), "caller": caller.fileno(),
-        }  # fmt: skip
+        fds = self._for_keeper(caller)
         try:
             takeover.become(
                 program, "keeper", self._handover(self._number, fds), [*fds.values(), *self._lingering]
@@ -406,14 +413,10 @@ class Servers:
             self._fuse_fd = -1
 
     def _look(self) -> None:
-        """What can wait until the environment has started: imports, so that a successor begins at once.
-
-        A server that was killed while a notice of its waits for a page stays until that page's READ is answered.
+        """A server that was killed while a notice of its waits for a page stays until that page's READ is answered.
 
         Only a successor can do that: so it comes before the end of the dead one.
         """
-        with contextlib.suppress(Exception):  # the successor will say it
-            self._loaded()
         dead = self._pid != 0 and self._fuse_fd >= 0 and _has_ended(self._pid)
         if dead and self._was_dead:
             self._lingering[self._pidfd] = self._pid

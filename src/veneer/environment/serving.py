@@ -82,72 +82,66 @@ class Content:
 
 Serve = Callable[[Duty], Report]
 """Serves until SIGTERM, which is blocked at the start; returns the final report."""
-LoadServer = Callable[[], Serve]
-"""Called in the new process while the root is being built: the place for imports. The keeper does them for successors."""
 
 
-def start(load: LoadServer, duty: Duty) -> int:
+def start(serve: Serve, duty: Duty) -> int:
     """Fork a mount server; its pid. OSError. Its report goes to ``report_fd`` (``figures``)."""
     pid = os.fork()
     if pid == 0:
-        become_server(load, duty)
+        become_server(serve, duty)
     return pid
 
 
-def mount_server(content: Content) -> LoadServer:
-    """The real one."""
+def mount_server(content: Content) -> Serve:
+    """The real one, with all that it needs to import."""
+    from veneer.mount.misses import MAX_PARKED
+    from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
 
-    def load() -> Serve:
-        from veneer.mount.misses import MAX_PARKED
-        from veneer.mount.server import MountServer  # here, so that the command's own processes stay small
+    def serve(duty: Duty) -> Report:
+        def tell_init(event: str, _fields: dict[str, object]) -> None:
+            if event in ("absent", "condemned"):
+                os.kill(_INIT, ABSENCE)
 
-        def serve(duty: Duty) -> Report:
-            def tell_init(event: str, _fields: dict[str, object]) -> None:
-                if event in ("absent", "condemned"):
-                    os.kill(_INIT, ABSENCE)
+        server = MountServer(
+            duty.fuse_fd,
+            duty.cache_fd,
+            content.view,
+            miss_seconds=content.miss_seconds,
+            max_parked=content.max_parked or MAX_PARKED,
+            events=tell_init,
+            session=duty.session,
+            agreed=functools.partial(succession.tell, duty.session_fd),
+            since=duty.since,
+            host_store=None if content.host_store is None else _open_host_store(content.host_store),
+            recording=None if content.notes is None else _open_notes(content.notes),
+        )
 
-            server = MountServer(
-                duty.fuse_fd,
-                duty.cache_fd,
-                content.view,
-                miss_seconds=content.miss_seconds,
-                max_parked=content.max_parked or MAX_PARKED,
-                events=tell_init,
-                session=duty.session,
-                agreed=functools.partial(succession.tell, duty.session_fd),
-                since=duty.since,
-                host_store=None if content.host_store is None else _open_host_store(content.host_store),
-                recording=None if content.notes is None else _open_notes(content.notes),
-            )
+        def stop_on_request() -> None:
+            signal.sigwait([signal.SIGTERM])
+            server.stop()
 
-            def stop_on_request() -> None:
-                signal.sigwait([signal.SIGTERM])
-                server.stop()
+        over = threading.Event()
 
-            over = threading.Event()
+        def speak() -> None:
+            words = figures.Words(duty.number)
+            pause = WORD_SECONDS
+            while not over.wait(pause):
+                began = time.thread_time()
+                _write(duty.report_fd, words.news(dict(server.report())))
+                pause = max(WORD_SECONDS, WORD_SHARE * (time.thread_time() - began))
 
-            def speak() -> None:
-                words = figures.Words(duty.number)
-                pause = WORD_SECONDS
-                while not over.wait(pause):
-                    began = time.thread_time()
-                    _write(duty.report_fd, words.news(dict(server.report())))
-                    pause = max(WORD_SECONDS, WORD_SHARE * (time.thread_time() - began))
+        # A thread, not a handler: stop() takes locks that the interrupted code may hold.
+        threading.Thread(target=stop_on_request, name="stop", daemon=True).start()
+        speaker = threading.Thread(target=speak, name="words", daemon=True)
+        speaker.start()
+        try:
+            server.run()
+        finally:
+            over.set()
+            speaker.join()
+        return dict(server.report())
 
-            # A thread, not a handler: stop() takes locks that the interrupted code may hold.
-            threading.Thread(target=stop_on_request, name="stop", daemon=True).start()
-            speaker = threading.Thread(target=speak, name="words", daemon=True)
-            speaker.start()
-            try:
-                server.run()
-            finally:
-                over.set()
-                speaker.join()
-            return dict(server.report())
-
-        return serve
-
-    return load
+    return serve
 
 
 def _open_notes(path: str) -> Recording | None:
@@ -184,7 +178,7 @@ def answers_at_once(mounts: Sequence[MountInfo], device: tuple[int, int]) -> boo
     return True
 
 
-def become_server(load: LoadServer, duty: Duty) -> NoReturn:
+def become_server(serve: Serve, duty: Duty) -> NoReturn:
     """Be a mount server, and nothing else, until the end of the process."""
     status = 1
     try:
@@ -193,7 +187,6 @@ def become_server(load: LoadServer, duty: Duty) -> NoReturn:
         os.chdir("/")
         syscalls.reset_signal_handlers()
         _keep_only(2, duty.fuse_fd, duty.cache_fd, duty.report_fd, duty.session_fd, duty.go_fd)
-        serve = load()
         if duty.go_fd < 0 or os.read(duty.go_fd, 1):
             _write(duty.report_fd, figures.last_word(duty.number, serve(duty)))
         status = 0

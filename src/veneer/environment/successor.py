@@ -1,27 +1,28 @@
 """``python -m veneer.environment.successor ROLE FD``: this program takes over from another version. Started by keepers only.
 
-ROLE ``server``: load everything, say READY, serve once there is a byte in ``go``. ROLE ``keeper``: be the keeper from now on; a
-failure on the way goes back to the program before, as ``last-keeper``, from which there is no way back.
+ROLE ``server``: load everything, say READY, serve once there is a byte in ``go``. ROLE ``attempt``: begin as the keeper, as far as
+nobody notices, say READY and end. ROLE ``keeper``: be the keeper from now on; there is no way back, its program may be gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import socket
 import sys
 from typing import NoReturn
 
 from veneer.environment import keeper, serving
-from veneer.environment.takeover import SUCCESSOR, Handover, refusal
+from veneer.environment.keeper import Servers
+from veneer.environment.takeover import Handover, refusal
 from veneer.mount.succession import READY
 
 
 def main(role: str, file: int) -> NoReturn:
     if role == "server":
         _serve(file)
-    _keep(file, final=role == "last-keeper")
+    if role == "attempt":
+        _attempt(file)
+    servers, handover = _resumed(file)
+    keeper.go_on(servers, handover.fds["caller"])
 
 
 def _serve(file: int) -> NoReturn:
@@ -29,8 +30,7 @@ def _serve(file: int) -> NoReturn:
     try:
         handover = Handover.read(file)
         fds = handover.fds
-        load = serving.mount_server(handover.content)
-        serve = load()
+        serve = serving.mount_server(handover.content)
         os.dup2(fds["stderr"], 2)
         os.write(fds["ready"], READY)
         os.close(fds["ready"])
@@ -39,44 +39,32 @@ def _serve(file: int) -> NoReturn:
         duty = serving.Duty(
             fds["fuse"], fds["cache"], fds["report"], fds["session"], handover.number, handover.session, handover.since
         )  # fmt: skip
-        serving.become_server(lambda: serve, duty)
+        serving.become_server(serve, duty)
     except BaseException as error:  # noqa: BLE001 - the process ends here; the keeper reads its last line
         os.write(2, (refusal(error).replace("\n", "; ") + "\n").encode(errors="replace"))
     finally:
         os._exit(status)
 
 
-def _keep(file: int, *, final: bool) -> NoReturn:
+def _attempt(file: int) -> NoReturn:
+    status = 1
     try:
-        handover = Handover.read(file)
-        for fd in (file, *handover.fds.values(), *handover.lingering):
-            if fd >= 0:
-                os.set_inheritable(fd, False)
-        servers = keeper.resumed(handover)
-        os.close(file)
-    except BaseException:  # the environment must not end with a keeper that cannot begin
-        if final:
-            raise
-        _go_back(file)
-    keeper.go_on(servers)
+        _, handover = _resumed(file)
+        os.write(handover.fds["ready"], READY)
+        status = 0
+    except BaseException as error:  # noqa: BLE001 - the process ends here; the keeper reads its last line
+        os.write(2, (refusal(error).replace("\n", "; ") + "\n").encode(errors="replace"))
+    finally:
+        os._exit(status)
 
 
-def _go_back(file: int) -> NoReturn:
-    """The program before was a keeper of this environment, so it understands what it left."""
-    import json
-
-    document = json.loads(os.pread(file, 1 << 20, 0))
-    before, fds = document["before"], document["fds"]
-    for fd in (file, *fds.values(), *map(int, document["lingering"])):
+def _resumed(file: int) -> tuple[Servers, Handover]:
+    handover = Handover.read(file)
+    for fd in (file, *handover.fds.values(), *handover.lingering):
         if fd >= 0:
-            os.set_inheritable(fd, True)
-    with contextlib.suppress(OSError):
-        caller = socket.socket(fileno=os.dup(fds["caller"]))
-        caller.send(b'{"error": "the new keeper cannot begin; the one before goes on", "again": false}')
-        caller.close()
-    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    words = [before["python"], "-P", "-m", SUCCESSOR, "last-keeper", str(file)]
-    os.execve(before["python"], words, {**os.environ, "PYTHONPATH": before["path"]})
+            os.set_inheritable(fd, False)
+    os.close(file)
+    return keeper.resumed(handover), handover
 
 
 if __name__ == "__main__":

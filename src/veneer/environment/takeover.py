@@ -1,9 +1,10 @@
 """How another program becomes the mount server, and then the keeper, of a mount that goes on.
 
-T1: the new server has loaded everything and understood what it takes over before the old one is told to end; until then
-    nothing has changed, and every failure is the new one's alone.
+T1: the new program has begun as a keeper, in a process of its own that then ends, and its server has loaded everything and
+    understood what it takes over, before the old one is told to end; until then nothing has changed, and every failure is
+    the new one's alone.
 T2: the keeper becomes the new program only when the new server has answered the kernel; until then the old program can start a
-    server of its own again.
+    server of its own again. From then on there may be nothing to go back to: the new files may lie where the old ones did.
 T3: what is handed over has a version; another version than its own makes the new one refuse.
 
 The new program gets one descriptor: a memory file with ``Handover`` in JSON, which names the others.
@@ -41,7 +42,7 @@ _SAID = 4096
 @dataclass(frozen=True, slots=True)
 class Handover:
     """``fds``: by what they are for. ``pids``: of the children, by the same names. ``lingering``: as of the keeper's.
-    ``number``: of the server that runs, or is about to. ``mounted_on``: as the keeper sees it. ``before``: the program to go back to."""
+    ``number``: of the server that runs, or is about to. ``mounted_on``: as the keeper sees it."""
 
     content: Content
     session: Session
@@ -52,7 +53,6 @@ class Handover:
     fds: Mapping[str, int]
     pids: Mapping[str, int]
     lingering: Mapping[int, int]
-    before: Program
 
     def file(self) -> int:
         """A memory file that holds it."""
@@ -67,7 +67,6 @@ class Handover:
             "fds": dict(self.fds),
             "pids": dict(self.pids),
             "lingering": {str(fd): pid for fd, pid in self.lingering.items()},
-            "before": self.before.to_json(),
         }
         fd = os.memfd_create("veneer-hand-over")
         os.write(fd, json.dumps(document).encode())
@@ -89,7 +88,6 @@ class Handover:
             document["fds"],
             document["pids"],
             {int(number): pid for number, pid in document["lingering"].items()},
-            Program.from_json(document["before"]),
         )
 
 
@@ -108,7 +106,7 @@ def become(program: Program, role: str, handover: Handover, inherited: Sequence[
 
 
 class Heir:
-    """A server of another program, loaded by and by; it serves when it is told to."""
+    """A process of another program, which loads and says that it could serve; a server does when it is told to."""
 
     def __init__(self, pid: int, ready_fd: int, go_fd: int, said_fd: int) -> None:
         self.pid = pid

@@ -177,7 +177,7 @@ class Worker:
                         write(fd, reply)  # type: ignore[arg-type]
                 except OSError as error:
                     if error.errno != errno.ENOENT:
-                        self._not_taken(fd, unique, opcode, error)
+                        self._not_taken(opcode, node, error)
             trees.relieve()
 
     def handle(self, parked: Parked) -> Reply:
@@ -196,10 +196,12 @@ class Worker:
         where = f"{_NAMES.get(opcode, opcode)} {self._shared.tally.describe(node)}"
         return wire.error_reply(unique, self._shared.stories.tell_error(error, where))
 
-    def _not_taken(self, fd: int, unique: int, opcode: int, error: OSError) -> None:
-        """The kernel refused a reply. On EINVAL it has ended the request with EIO itself."""
+    def _not_taken(self, opcode: int, node: int, error: OSError) -> None:
+        """The kernel refused a reply. On EINVAL and EFAULT it has ended the request with EIO itself."""
         if error.errno in (errno.ENODEV, errno.EPIPE, errno.ECONNRESET):  # unmounted meanwhile
             return
+        if error.errno == errno.EFAULT:  # a mapped page is gone: the next request looks at the file anew
+            self._mapped.drop(node >> 24)
         self._shared.stories.tell_error(error, f"reply to {_NAMES.get(opcode, opcode)}")
 
     # Names.

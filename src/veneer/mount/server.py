@@ -68,7 +68,8 @@ class MountServer:
         self._threads = threads
         self._stories = Stories(events)
         self._tally = Tally(since)
-        self._trees = Trees(cache_dirfd)
+        # The one before may have died of a page that its disk had lost; who maps that again dies of it as well.
+        self._trees = Trees(cache_dirfd) if session is None else Trees(cache_dirfd, read_first=None)
         self._contents = Contents(cache_dirfd)
         self._misses = Misses(
             cache_dirfd,

@@ -29,18 +29,22 @@ BATCH = 32
 COUNTED_EVERY = 64
 """New maps between two counts of all: to count two thousand at each would be a tenth of a lookup."""
 READ_FIRST = 16 << 20
-"""Bytes of an index that are read before it is mapped; nearly all are smaller."""
+"""Bytes of an index that a mount's first server reads before it maps it; nearly all are smaller. Successors read all."""
 _PIECE = 1 << 18
 
 
 class Trees:
     """Tree indexes by path number, path numbers by name. Threads may share it.
 
-    Maps are released by reference count, so an answer in the making is never pulled away.
+    Maps are released by reference count, so an answer in the making is never pulled away. ``read_first``: bytes of an index
+    that are read before it is mapped, None for all: then no page that the disk has lost is mapped.
     """
 
-    def __init__(self, cache_dirfd: int, *, max_mapped: int = MAX_MAPPED) -> None:
+    def __init__(
+        self, cache_dirfd: int, *, max_mapped: int = MAX_MAPPED, read_first: int | None = READ_FIRST
+    ) -> None:
         self._dirfd = cache_dirfd
+        self._read_first = read_first
         self.mapped: Recent[int, TreeIndex] = Recent(max_mapped)
         self.numbers: Recent[bytes, int] = Recent(MAX_NAMES)
         self.absent = Absent()
@@ -81,7 +85,7 @@ class Trees:
             size = os.fstat(fd).st_size
             if size == 0:
                 raise FormatError("empty", where=tree_file(number))
-            _read_through(fd, min(size, READ_FIRST))
+            _read_through(fd, size if self._read_first is None else min(size, self._read_first))
             mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
             with contextlib.suppress(OSError):  # a kernel without huge pages has nothing to be told
                 mapping.madvise(mmap.MADV_NOHUGEPAGE)  # one fault would map 2 MiB
