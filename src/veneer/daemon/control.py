@@ -15,7 +15,6 @@ from veneer.model.store_path import StorePath
 from veneer.store.prefetch import Prefetch
 from veneer.store.store import Store
 
-from .checking import run_check
 from .sessions import Session, Sessions
 from .worker import WorkerSockets
 
@@ -213,6 +212,8 @@ class Control:
         self, session: Session, request: dict[str, object], progress: Progress
     ) -> dict[str, object]:
         """Read the whole cache and drop what is not right."""
+        from .checking import run_check  # seldom wanted, and every start would wait for it
+
         drop = not request.get("dry_run", False)
         return await run_check(self._store, self._sessions, self._clock, drop=drop, progress=progress)
 
