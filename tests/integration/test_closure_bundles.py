@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,10 +26,8 @@ def test_nix_of_each_version_substitutes_what_has_a_bundle(
 ) -> None:
     as_root.use(f"file://{nix_cache.cache('xz')}", key=nix_cache.public)
     to, root = as_root.home / "published", nix_cache.paths["greet"]
-    done = as_root.veneer("publish", "--json", "--to", to, "--key-file", nix_cache.stranger_secret, root)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert document["bundles"] == [Path(root).name]
+    key: list[str | Path] = ["--key-file", nix_cache.stranger_secret]
+    assert as_root.document("publish", "--to", to, *key, root)["bundles"] == [Path(root).name]
     part = nix_cache.hash_part("greet")
     entries = list(parse_bundle((to / f"{part}.bundle").read_bytes(), part))
     assert {e.hash_part for e in entries} == {file.stem for file in to.glob("*.narinfo")}
@@ -55,13 +51,11 @@ def test_a_root_that_is_there_gains_a_bundle_and_a_dry_run_tells_so(
     assert alone.returncode == 0, alone.stderr
     before = (to / f"{part}.narinfo").read_bytes()
     assert b"Bundle" not in before and not (to / f"{part}.bundle").exists()
-    planned = as_root.veneer("publish", "--json", "--dry-run", "--to", to, root)
-    assert json.loads(planned.stdout)["bundles"] == [
+    assert as_root.document("publish", "--dry-run", "--to", to, root)["bundles"] == [
         {"path": Path(root).name, "objects": [f"{part}.bundle", f"{part}.narinfo"]}
     ]
     assert not (to / f"{part}.bundle").exists()
-    whole = as_root.veneer("publish", "--json", "--to", to, root)
-    assert json.loads(whole.stdout)["bundles"] == [Path(root).name]
+    assert as_root.document("publish", "--to", to, root)["bundles"] == [Path(root).name]
     assert (to / f"{part}.narinfo").read_bytes() == before + f"Bundle: {part}.bundle\n".encode()
 
 
@@ -82,8 +76,7 @@ def test_everything_about_a_closure_is_known_after_a_handful_of_requests(
     words = ["--metadata", "--closure", ROOT.absolute()]
     assert as_root.veneer("fetch", *words).returncode == 0
     assert published.count() <= HANDFUL, published.seen
-    as_root.wait_for_daemons_end()
-    shutil.rmtree(as_root.cache)
+    as_root.forget()
     (published.root / f"{ROOT.hash_part}.bundle").unlink()
     assert as_root.veneer("fetch", *words).returncode == 0
     assert published.count(f"*{NARINFO}") == COUNT + 1 and published.count(f"*{LISTING}") == COUNT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -42,32 +41,15 @@ def bring_down(caller: Caller) -> None:
 
 
 def environments(caller: Caller) -> dict[str, dict[str, Any]]:
-    done = caller.veneer("ls", "--json", sources=False)
-    assert done.returncode == 0, done.stderr
-    return {row["name"]: row for row in json.loads(done.stdout)["environments"]}
-
-
-@contextlib.contextmanager
-def running(caller: Caller, *words: str, sources: bool = True) -> Iterator[subprocess.Popen[str]]:
-    """A command of the caller's that has printed "up"."""
-    process = caller.popen(caller.words(*words, sources=sources))
-    try:
-        assert process.stdout is not None
-        line = read_line(process.stdout)
-        assert line == "up\n", line + process.communicate(timeout=20)[1]
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate(timeout=20)
+    return {row["name"]: row for row in caller.document("ls", sources=False)["environments"]}
 
 
 def owner(caller: Caller, script: str = HOLD, name: str = "dev") -> Any:
-    return running(caller, "run", "--name", name, "--", "sh", "-c", script)
+    return caller.running("run", "--name", name, "--", "sh", "-c", script)
 
 
 def joined(caller: Caller, script: str = HOLD, name: str = "dev") -> Any:
-    return running(caller, "enter", name, "--", "sh", "-c", script, sources=False)
+    return caller.running("enter", name, "--", "sh", "-c", script, sources=False)
 
 
 def enter(caller: Caller, script: str, name: str = "dev") -> subprocess.CompletedProcess[str]:
@@ -209,9 +191,7 @@ def joiner_members(joiner: int) -> dict[str, int]:
 @pytest.mark.parametrize("victim", ["joiner", "keeper", "command"])
 def test_a_killed_joiner_takes_its_command_along_and_nothing_else(victim: str, user_of: Caller) -> None:
     with owner(user_of) as first:
-        with running(
-            user_of, "run", "--name", "dev", "--", "sh", "-c", "sleep 1000 & echo up; wait"
-        ) as second:
+        with owner(user_of, "sleep 1000 & echo up; wait") as second:
             pids = joiner_members(second.pid)
             with all_end(pids.values()):
                 os.kill(pids[victim], signal.SIGKILL)

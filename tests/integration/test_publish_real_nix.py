@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -54,15 +52,8 @@ def key_file(nix_cache: SampleStore) -> tuple[Path, str]:
     return nix_cache.stranger_secret, nix_cache.stranger_public
 
 
-def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert isinstance(document, dict)
-    return document
-
-
 def publish(caller: Caller, to: Path, *words: str | Path) -> dict[str, Any]:
-    return result(caller.veneer("publish", "--json", "--to", to, *words))
+    return caller.document("publish", "--to", to, *words)
 
 
 def substitute(nix: RealNix, cache: Path, path: str, key: str) -> None:
@@ -138,7 +129,7 @@ def test_paths_that_nobody_signed_are_refused_unless_allowed(
     refused = publisher.veneer("publish", *words)
     assert refused.returncode == 4 and "--unsigned" in refused.stderr
     assert not narinfos(to)
-    result(publisher.veneer("publish", "--json", "--unsigned", *words))
+    publisher.document("publish", "--unsigned", *words)
     assert narinfos(to) == {nix_cache.hash_part("note")}
 
 
@@ -148,10 +139,10 @@ def test_a_mirror_checks_keys_and_keeps_signatures(
     publisher.sources = []
     to, source = publisher.home / "mirrored", f"file://{nix_cache.cache('xz')}"
     path = nix_cache.paths["greet"]
-    words = ["mirror", "--json", "--from", source, "--to", to]
-    refused = publisher.veneer(*map(str, words), "--trusted-public-key", nix_cache.stranger_public, path)
+    words: list[str | Path] = ["--from", source, "--to", to]
+    refused = publisher.veneer("mirror", *words, "--trusted-public-key", nix_cache.stranger_public, path)
     assert refused.returncode == 4 and not narinfos(to)
-    result(publisher.veneer(*map(str, words), "--trusted-public-key", nix_cache.public, path))
+    publisher.document("mirror", *words, "--trusted-public-key", nix_cache.public, path)
     nix = each_nix()
     substitute(nix, to, path, nix_cache.public)
     assert not differences(nix_cache.nix.unpacked(path), nix.unpacked(path))
@@ -207,8 +198,7 @@ def test_programs_run_out_of_a_published_cache(publisher: Caller, nix_cache: Sam
     secret, public = key_file(nix_cache)
     program = nix_cache.paths["greet"]
     publish(publisher, to, "--key-file", secret, program)
-    publisher.wait_for_daemons_end()
-    shutil.rmtree(publisher.cache)
+    publisher.forget()
     publisher.use(f"file://{to}", key=public)
     done = publisher.veneer("run", "--", f"{program}/bin/greet")
     assert done.returncode == 0, done.stderr
@@ -240,14 +230,13 @@ def test_what_one_environment_built_another_one_reads(
     built = publisher.veneer("run", "--name", "job-1", "--", "bash", "-euc", script, timeout=120)
     assert built.returncode == 0, built.stderr
     path = built.stdout.strip()
-    done = publisher.veneer("publish", "--json", "--to", to, "--key-file", secret, "job-1", sources=False)
-    assert Path(path).name in result(done)["published"]
-    assert not any("unregistered" in name for name in result(done)["published"])
-    again = publisher.veneer("publish", "--json", "--to", to, "--key-file", secret, "job-1", sources=False)
-    assert result(again)["published"] == []
+    words: list[str | Path] = ["--to", to, "--key-file", secret, "job-1"]
+    published = publisher.document("publish", *words, sources=False)["published"]
+    assert Path(path).name in published
+    assert not any("unregistered" in name for name in published)
+    assert publisher.document("publish", *words, sources=False)["published"] == []
     # The other job has another cache directory, and both caches.
-    publisher.wait_for_daemons_end()
-    shutil.rmtree(publisher.cache)
+    publisher.forget()
     publisher.use(f"file://{nix_cache.cache('xz')}", f"file://{to}", key=nix_cache.public)
     publisher.sources += ["--trusted-public-key", public]
     read = publisher.veneer("run", "--", "cat", f"{path}/copied", f"{path}/there/1/1.txt")

@@ -300,8 +300,7 @@ def test_damaged_index_loses_at_most_what_was_cached(caller: Caller, damage: Cal
             shutil.copytree(
                 caller.cache, caller_copy, ignore=lambda _, names: [n for n in names if "sock" in n]
             )
-        caller.wait_for_daemons_end()
-        shutil.rmtree(caller.cache)
+        caller.forget()
         caller_copy.rename(caller.cache)
     else:
         fetched(caller, FIRST, SECOND)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.callers import Caller, eventually, read_line
+from tests.support.callers import Caller, Probe, eventually
 from tests.support.faulty_http import FaultyServer, Stall, Status
 from tests.support.signed_cache import MadePath, SignedCache, make_path
 from tests.support.storm import kill_server, server_of_run
@@ -34,6 +30,11 @@ def store(open_directory: Path) -> SignedCache:
     return make_store(open_directory / f"store-{os.urandom(4).hex()}", [make_path(n, SIZE) for n in NAMES])
 
 
+@pytest.fixture
+def server(store: SignedCache, faulty_http: Serve) -> FaultyServer:
+    return faulty_http(store.directory)
+
+
 def make_store(directory: Path, paths: list[MadePath]) -> SignedCache:
     """The first path refers to all others."""
     first, *others = (made.path.name for made in paths)
@@ -46,62 +47,49 @@ def top(cache: SignedCache, name: str) -> str:
     return f"/nix/store/{cache.paths[name].path}"
 
 
+def read_traced(probe: Probe, cache: SignedCache) -> None:
+    """The program of tool, 8 KiB of lib's data, all of other's, the name of named."""
+    for path, span in (
+        ("tool-1.0/a-program", {"size": 9}),
+        ("lib-1.0/data", {"offset": 1_048_576, "size": 8192}),
+        ("other-1.0/data", {"size": SIZE}),
+    ):
+        name, _, file = path.partition("/")
+        assert probe.ask("read", path=f"{top(cache, name)}/{file}", **span)["size"] == span["size"]
+    probe.ask("look", path=top(cache, "named-1.0"))
+
+
 def record(caller: Caller, cache: SignedCache) -> Path:
-    """A trace of: the program of tool, 8 KiB of lib's data, all of other's, the name of named."""
+    """A trace of ``read_traced``."""
     file = caller.home / "made.trace"
     with caller.environment_probe("--trace", str(file)) as probe:
-        assert probe.ask("read", path=top(cache, "tool-1.0") + "/a-program")["size"] == 9
-        assert (
-            probe.ask("read", path=top(cache, "lib-1.0") + "/data", offset=1_048_576, size=8192)["size"]
-            == 8192
-        )
-        assert probe.ask("read", path=top(cache, "other-1.0") + "/data")["size"] == SIZE
-        probe.ask("look", path=top(cache, "named-1.0"))
+        read_traced(probe, cache)
         assert probe.finish() == 0, probe.errors
     return file
 
 
-def forget(caller: Caller) -> None:
-    """As on another machine."""
-    caller.wait_for_daemons_end()
-    shutil.rmtree(caller.cache)
+def recorded(caller: Caller, cache: SignedCache, server: FaultyServer) -> Path:
+    """The same, for a caller who uses ``server`` and has nothing in the cache by now."""
+    caller.use(server.url, key=cache.key)
+    file = record(caller, cache)
+    caller.forget()
+    server.seen.clear()
+    return file
 
 
 def nars(server: FaultyServer) -> list[str]:
     return [seen.path for seen in server.seen if seen.path.startswith("/nar/")]
 
 
-def fetch(caller: Caller, *words: str | Path, status: int = 0) -> dict[str, Any]:
-    done = caller.veneer("fetch", "--json", *words)
-    assert done.returncode == status, done.stderr
-    found = json.loads(done.stdout or done.stderr)
-    assert isinstance(found, dict)
-    return found
-
-
 def in_order(trace: Trace) -> list[str]:
     return [traced.path.name for traced in trace]
-
-
-@contextlib.contextmanager
-def up(caller: Caller, *words: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """``veneer run WORDS`` of a command that has said "up"; killed after the block unless it has ended."""
-    process = caller.popen(caller.words("run", *words))
-    try:
-        assert process.stdout is not None
-        assert read_line(process.stdout) == "up\n"
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate(timeout=60)
 
 
 # Recording.
 
 
-def test_a_trace_has_what_was_read_in_order(caller: Caller, store: SignedCache, faulty_http: Serve) -> None:
-    caller.use(faulty_http(store.directory).url, key=store.key)
+def test_a_trace_has_what_was_read_in_order(caller: Caller, store: SignedCache, server: FaultyServer) -> None:
+    caller.use(server.url, key=store.key)
     trace = decode(record(caller, store).read_bytes())
     assert in_order(trace) == ["tool-1.0", "lib-1.0", "other-1.0", "named-1.0"]
     tool, lib, other, named = trace
@@ -117,15 +105,15 @@ def test_a_trace_has_what_was_read_in_order(caller: Caller, store: SignedCache, 
 
 
 def test_reads_from_a_full_cache_are_recorded_as_well(
-    as_root: Caller, store: SignedCache, faulty_http: Serve
+    as_root: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    as_root.use(faulty_http(store.directory).url, key=store.key)
+    as_root.use(server.url, key=store.key)
     first = record(as_root, store).read_bytes()
     assert record(as_root, store).read_bytes() == first
 
 
-def test_show_tells_people_and_programs(as_root: Caller, store: SignedCache, faulty_http: Serve) -> None:
-    as_root.use(faulty_http(store.directory).url, key=store.key)
+def test_show_tells_people_and_programs(as_root: Caller, store: SignedCache, server: FaultyServer) -> None:
+    as_root.use(server.url, key=store.key)
     file = record(as_root, store)
     words = [as_root.python, "-m", "veneer.cli.main", "trace", "show", str(file)]
     shown = as_root.popen(words).communicate(timeout=60)[0]
@@ -144,9 +132,9 @@ def test_show_tells_people_and_programs(as_root: Caller, store: SignedCache, fau
 
 @pytest.mark.parametrize("script", ["exit 3", "kill -TERM $$"], ids=["fails", "killed"])
 def test_the_trace_of_a_command_that_fails_is_written(
-    script: str, caller: Caller, store: SignedCache, faulty_http: Serve
+    script: str, caller: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    caller.use(faulty_http(store.directory).url, key=store.key)
+    caller.use(server.url, key=store.key)
     file = caller.home / "t"
     done = caller.veneer(
         "run", "--trace", file, "--", "sh", "-c", f"cat {top(store, 'lib-1.0')}/a-program; {script}"
@@ -156,12 +144,12 @@ def test_the_trace_of_a_command_that_fails_is_written(
 
 
 def test_the_trace_of_an_interrupted_command_is_written(
-    caller: Caller, store: SignedCache, faulty_http: Serve
+    caller: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    caller.use(faulty_http(store.directory).url, key=store.key)
+    caller.use(server.url, key=store.key)
     file = caller.home / "t"
     script = f"cat {top(store, 'lib-1.0')}/a-program > /dev/null; echo up; read line"
-    with up(caller, "--trace", file, "--", "sh", "-c", script) as process:
+    with caller.running("run", "--trace", file, "--", "sh", "-c", script) as process:
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
     assert in_order(decode(file.read_bytes())) == ["lib-1.0"]
@@ -169,9 +157,9 @@ def test_the_trace_of_an_interrupted_command_is_written(
 
 @pytest.mark.hand_over
 def test_a_killed_mount_server_loses_nothing_of_a_trace(
-    caller: Caller, store: SignedCache, faulty_http: Serve
+    caller: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    caller.use(faulty_http(store.directory).url, key=store.key)
+    caller.use(server.url, key=store.key)
     file = caller.home / "t"
     with caller.environment_probe("--trace", str(file)) as probe:
         probe.ask("read", path=top(store, "tool-1.0") + "/a-program")
@@ -186,7 +174,7 @@ def test_a_killed_mount_server_loses_nothing_of_a_trace(
 
 @pytest.mark.hand_over
 def test_a_trace_goes_on_when_another_version_takes_over(caller: Caller, store: SignedCache) -> None:
-    caller.use(f"file://{store.directory}", key=store.key)
+    caller.use(store.url, key=store.key)
     file = caller.home / "t"
     with caller.environment_probe("--trace", str(file)) as probe:
         probe.ask("read", path=top(store, "tool-1.0") + "/a-program")
@@ -203,16 +191,18 @@ def test_a_trace_goes_on_when_another_version_takes_over(caller: Caller, store: 
 def test_a_trace_that_cannot_be_written_is_told_before_the_command_runs(
     place: str, as_root: Caller, store: SignedCache
 ) -> None:
-    as_root.use(f"file://{store.directory}", key=store.key)
+    as_root.use(store.url, key=store.key)
     done = as_root.veneer("run", "--trace", as_root.home / place, "--", "echo", "ran")
     assert (done.returncode, done.stdout) == (125, "")
 
 
 def test_the_owner_of_an_environment_has_the_trace_of_all(as_root: Caller, store: SignedCache) -> None:
-    as_root.use(f"file://{store.directory}", key=store.key)
+    as_root.use(store.url, key=store.key)
     own, others = as_root.home / "own", as_root.home / "others"
     program = top(store, "lib-1.0") + "/a-program"
-    with up(as_root, "--name", "dev", "--trace", own, "--", "sh", "-c", "echo up; read line") as process:
+    with as_root.running(
+        "run", "--name", "dev", "--trace", own, "--", "sh", "-c", "echo up; read line"
+    ) as process:
         done = as_root.veneer("run", "--name", "dev", "--trace", others, "--", "cat", program)
         assert done.stdout == "#!/bin/sh", done.stderr
         assert "no trace" in done.stderr
@@ -223,7 +213,7 @@ def test_the_owner_of_an_environment_has_the_trace_of_all(as_root: Caller, store
 
 
 def test_an_environment_that_stays_has_its_trace_when_it_ends(caller: Caller, store: SignedCache) -> None:
-    caller.use(f"file://{store.directory}", key=store.key)
+    caller.use(store.url, key=store.key)
     assert caller.veneer("up", "dev", "--trace", "dev.trace").returncode == 0
     program = top(store, "lib-1.0") + "/a-program"
     assert caller.veneer("enter", "dev", "--", "cat", program, sources=False).stdout == "#!/bin/sh"
@@ -238,35 +228,25 @@ def test_an_environment_that_stays_has_its_trace_when_it_ends(caller: Caller, st
 
 
 def test_fetch_loads_what_was_touched_and_no_more(
-    caller: Caller, store: SignedCache, faulty_http: Serve
+    caller: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    server = faulty_http(store.directory)
-    caller.use(server.url, key=store.key)
-    file = record(caller, store)
-    forget(caller)
-    server.seen.clear()
-    found = fetch(caller, "--trace", file)
+    file = recorded(caller, store, server)
+    found = caller.document("fetch", "--trace", file)
     assert (found["paths"], found["done"], found["failed"], found["unmatched"]) == (4, 4, 0, 0)
     assert sorted(set(nars(server))) == sorted(
         store.file(n, "nar") for n in ("tool-1.0", "lib-1.0", "other-1.0")
     )
     server.seen.clear()
     with caller.environment_probe() as probe:
-        assert probe.ask("read", path=top(store, "other-1.0") + "/data")["size"] == SIZE
-        assert (
-            probe.ask("read", path=top(store, "lib-1.0") + "/data", offset=1_048_576, size=8192)["size"]
-            == 8192
-        )
+        read_traced(probe, store)
         assert probe.finish() == 0, probe.errors
     assert nars(server) == []
 
 
-def test_prefetch_goes_on_beside_the_command(caller: Caller, store: SignedCache, faulty_http: Serve) -> None:
-    server = faulty_http(store.directory)
-    caller.use(server.url, key=store.key)
-    file, report = record(caller, store), caller.home / "report"
-    forget(caller)
-    server.seen.clear()
+def test_prefetch_goes_on_beside_the_command(
+    caller: Caller, store: SignedCache, server: FaultyServer
+) -> None:
+    file, report = recorded(caller, store, server), caller.home / "report"
     with caller.environment_probe("--prefetch", str(file), "--report", str(report)) as probe:
         eventually(lambda: len(set(nars(server))) == 3)  # the command has read nothing
         assert probe.ask("read", path=top(store, "other-1.0") + "/data")["size"] == SIZE
@@ -277,12 +257,8 @@ def test_prefetch_goes_on_beside_the_command(caller: Caller, store: SignedCache,
     assert json.loads(report.read_text())["prefetched"]["paths"] == 4
 
 
-def test_a_mount_prefetches_as_well(as_root: Caller, store: SignedCache, faulty_http: Serve) -> None:
-    server = faulty_http(store.directory)
-    as_root.use(server.url, key=store.key)
-    file, target = record(as_root, store), as_root.home / "mnt"
-    forget(as_root)
-    server.seen.clear()
+def test_a_mount_prefetches_as_well(as_root: Caller, store: SignedCache, server: FaultyServer) -> None:
+    file, target = recorded(as_root, store, server), as_root.home / "mnt"
     target.mkdir()
     mount = as_root.popen(as_root.words("mount", "--prefetch", file, target))
     try:
@@ -300,48 +276,38 @@ def test_of_a_published_cache_only_the_touched_parts_are_fetched(
     published = open_directory / f"published-{os.urandom(4).hex()}"
     key_file = as_root.home / "key"
     key_file.write_text(store.secret.text())
-    mirror = ["--from", f"file://{store.directory}", "--to", str(published), "--key-file", str(key_file)]
+    mirror = ["--from", store.url, "--to", str(published), "--key-file", str(key_file)]
     keys = ["--trusted-public-key", store.key]
     done = as_root.veneer("mirror", *mirror, *keys, top(store, "tool-1.0"), sources=False)
     assert done.returncode == 0, done.stderr
     server = faulty_http(published)
-    as_root.use(server.url, key=store.key)
-    file = record(as_root, store)
-    forget(as_root)
-    server.seen.clear()
-    found = fetch(as_root, "--trace", file, "--verify", verify)
+    file = recorded(as_root, store, server)
+    found = as_root.document("fetch", "--trace", file, "--verify", verify)
     assert (found["done"], found["failed"]) == (4, 0)
     assert found["wire_bytes"] < SIZE * 1.5
     server.fail("/nar/*", Stall())  # what is asked for now does not come
     with as_root.environment_probe("--verify", verify) as probe:
-        assert probe.ask("read", path=top(store, "tool-1.0") + "/a-program")["size"] == 9
-        assert (
-            probe.ask("read", path=top(store, "lib-1.0") + "/data", offset=1_048_576, size=8192)["size"]
-            == 8192
-        )
-        assert probe.ask("read", path=top(store, "other-1.0") + "/data")["size"] == SIZE
+        read_traced(probe, store)
         assert probe.finish() == 0, probe.errors
 
 
 def test_a_trace_of_one_user_serves_another(
-    as_root: Caller, unprivileged: Caller, store: SignedCache, faulty_http: Serve
+    as_root: Caller, unprivileged: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    server = faulty_http(store.directory)
     for caller in (as_root, unprivileged):
         caller.use(server.url, key=store.key)
     copy = unprivileged.home / "copy"
     copy.write_bytes(record(as_root, store).read_bytes())
     copy.chmod(0o644)
     server.seen.clear()
-    assert fetch(unprivileged, "--trace", copy)["done"] == 4
+    assert unprivileged.document("fetch", "--trace", copy)["done"] == 4
     assert len(set(nars(server))) == 3
 
 
 def test_changed_paths_are_found_in_the_closure_of_what_is_run(
-    as_root: Caller, store: SignedCache, faulty_http: Serve, open_directory: Path
+    as_root: Caller, store: SignedCache, server: FaultyServer, faulty_http: Serve, open_directory: Path
 ) -> None:
-    as_root.use(faulty_http(store.directory).url, key=store.key)
-    file = record(as_root, store)
+    file = recorded(as_root, store, server)
     tool = make_path("tool-1.0", 100_000)
     paths = [
         replace(tool, path=StorePath("1" * 32, "tool-1.0")),
@@ -351,16 +317,15 @@ def test_changed_paths_are_found_in_the_closure_of_what_is_run(
     ]
     new = make_store(open_directory / f"new-{os.urandom(4).hex()}", paths)
     server = faulty_http(new.directory)
-    forget(as_root)
     as_root.use(server.url, key=new.key)
-    found = fetch(as_root, "--trace", file, top(new, "tool-1.0"))
+    found = as_root.document("fetch", "--trace", file, top(new, "tool-1.0"))
     assert {name: found[name] for name in ("done", "changed", "unmatched", "failed")} == {
         "done": 3, "changed": 2, "unmatched": 1, "failed": 0,
     }  # fmt: skip
     assert sorted(set(nars(server))) == sorted(
         new.file(n, "nar") for n in ("tool-1.0", "lib-1.1", "other-1.0")
     )
-    forget(as_root)
+    as_root.forget()
     server.seen.clear()
     words = [top(new, "tool-1.0") + "/a-program"]
     done = as_root.veneer("run", "--prefetch", file, "--report", as_root.home / "r", "--", *words)
@@ -369,44 +334,35 @@ def test_changed_paths_are_found_in_the_closure_of_what_is_run(
 
 
 def test_without_a_root_changed_paths_are_left_out(
-    as_root: Caller, store: SignedCache, faulty_http: Serve, open_directory: Path
+    as_root: Caller, store: SignedCache, server: FaultyServer, faulty_http: Serve, open_directory: Path
 ) -> None:
-    as_root.use(faulty_http(store.directory).url, key=store.key)
-    file = record(as_root, store)
+    file = recorded(as_root, store, server)
     new = make_store(
         open_directory / f"new-{os.urandom(4).hex()}", [make_path("tool-2.0"), make_path("lib-1.0")]
     )
-    forget(as_root)
     as_root.use(faulty_http(new.directory).url, key=new.key)
-    found = fetch(as_root, "--trace", file)
+    found = as_root.document("fetch", "--trace", file)
     assert (found["done"], found["changed"], found["unmatched"]) == (1, 0, 3)
 
 
 def test_failures_of_a_prefetch_are_stories_and_not_the_commands(
-    as_root: Caller, store: SignedCache, faulty_http: Serve
+    as_root: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    server = faulty_http(store.directory)
-    as_root.use(server.url, key=store.key)
-    file = record(as_root, store)
-    forget(as_root)
+    file = recorded(as_root, store, server)
     server.fail(store.file("lib-1.0", "nar"), Status(404))
     with as_root.environment_probe("--prefetch", str(file)) as probe:
         eventually(lambda: "prefetch" in as_root.stories())
         assert probe.ask("read", path=top(store, "tool-1.0") + "/a-program")["size"] == 9
         assert probe.finish() == 0, probe.errors
     as_root.wait_for_daemons_end()
-    assert store.file("lib-1.0", "nar") in str(fetch(as_root, "--trace", file, status=5))
+    assert store.file("lib-1.0", "nar") in str(as_root.document("fetch", "--trace", file, status=5))
 
 
 def test_a_prefetch_takes_no_more_than_the_cache_holds(
-    as_root: Caller, store: SignedCache, faulty_http: Serve
+    as_root: Caller, store: SignedCache, server: FaultyServer
 ) -> None:
-    server = faulty_http(store.directory)
-    as_root.use(server.url, key=store.key)
-    file = record(as_root, store)
-    forget(as_root)
-    server.seen.clear()
-    found = fetch(as_root, "--trace", file, "--max-size", str(SIZE + 100_000))
+    file = recorded(as_root, store, server)
+    found = as_root.document("fetch", "--trace", file, "--max-size", str(SIZE + 100_000))
     assert found["skipped"] >= 1
     assert found["done"] + found["skipped"] == 4
 
@@ -415,7 +371,7 @@ def test_a_prefetch_takes_no_more_than_the_cache_holds(
     "content", [b"no trace", b'{"veneer-trace":2}\n', None], ids=["other", "newer", "none"]
 )
 def test_what_is_no_trace_is_refused(content: bytes | None, as_root: Caller, store: SignedCache) -> None:
-    as_root.use(f"file://{store.directory}", key=store.key)
+    as_root.use(store.url, key=store.key)
     file = as_root.home / "t"
     if content is not None:
         file.write_bytes(content)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,12 +114,39 @@ class Caller:
         given |= {"start_new_session": True, **options}
         return subprocess.Popen(words, env=self.environment, cwd=self.home, text=True, **given)
 
-    def status(self) -> dict[str, Any]:
-        done = self.veneer("status", "--json")
-        assert done.returncode == 0, done.stderr
-        document = json.loads(done.stdout)
+    @contextlib.contextmanager
+    def running(
+        self, command: str, *words: str | Path, sources: bool = True
+    ) -> Iterator[subprocess.Popen[str]]:
+        """``veneer COMMAND WORDS`` that has printed "up"; killed after the block unless it has ended."""
+        process = self.popen(self.words(command, *words, sources=sources))
+        try:
+            assert process.stdout is not None
+            line = read_line(process.stdout)
+            assert line == "up\n", line + process.communicate(timeout=20)[1]
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate(timeout=60)
+
+    def document(
+        self, command: str, *words: str | Path, status: int = 0, sources: bool = True
+    ) -> dict[str, Any]:
+        """What ``veneer COMMAND --json WORDS`` says, with this exit status."""
+        done = self.veneer(command, "--json", *words, sources=sources)
+        assert done.returncode == status, (done.stdout, done.stderr)
+        document = json.loads(done.stdout or done.stderr)
         assert isinstance(document, dict)
         return document
+
+    def status(self) -> dict[str, Any]:
+        return self.document("status")
+
+    def forget(self) -> None:
+        """As on another machine: nothing is in the cache."""
+        self.wait_for_daemons_end()
+        shutil.rmtree(self.cache)
 
     def stories(self) -> str:
         """All stories of the running daemon as one text."""
