@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.doctor_subject import make_subject
 from veneer.cli.doctor import render
 from veneer.cli.output import Output
 from veneer.doctor import machine, nix, places, sources
@@ -31,22 +32,7 @@ URL = "http://cache.example"
 
 @pytest.fixture
 def subject(tmp_path: Path) -> Subject:
-    return Subject(
-        environ={},
-        uid=os.geteuid(),
-        cache_dir=tmp_path / "cache",
-        environments_dir=tmp_path / "environments",
-        max_bytes=None,
-        sources=(URL,),
-        keys=(KEY,),
-        require_signatures=True,
-        netrc=None,
-        ca_file=None,
-        nix={},
-        nix_error="",
-        status=lambda: None,
-        memory=lambda names: {},
-    )
+    return make_subject(tmp_path, URL, keys=(KEY,))
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,11 @@ from typing import TypeVar
 
 import pytest
 
-from tests.support.caches import Clock, open_cache
+from tests.support.doctor_subject import make_subject
 from tests.support.nix import RealNix
 from tests.support.sample import SampleStore
-from veneer.daemon.compose import build_view
+from tests.support.store_bench import Bench, run
 from veneer.doctor import sources as doctor
-from veneer.doctor.finding import Subject
 from veneer.formats.listing import parse_listing
 from veneer.formats.nar import tree_of_nar
 from veneer.model.errors import (
@@ -44,10 +43,7 @@ from veneer.sources import store_directory
 from veneer.sources.options import SourceOptions, parse_source_url
 from veneer.sources.store_directory import StoreDirectory, is_trusted
 from veneer.sources.temporary_roots import TemporaryRoots
-from veneer.store.account import Account
 from veneer.store.resolve import AbsentError
-from veneer.store.store import Limits, Notices, Store
-from veneer.store.views import ViewConfig
 
 T = TypeVar("T")
 pytestmark = pytest.mark.nix
@@ -469,25 +465,16 @@ def served(tmp_path: Path, *urls: str, keys: tuple[str, ...] = ()) -> Callable[[
     """``read(path)``: the NAR of a path, through a store and its cache."""
 
     def read(path: str) -> bytes:
-        async def main() -> bytes:
-            clock = Clock()
-            cache = open_cache(tmp_path / "cache", clock)
-            store = Store(
-                cache, clock, Notices(lambda _: None, lambda *_: None, lambda _: None), Limits(prefetch=False)
-            )
-            config = ViewConfig.from_json({"sources": [{"url": url} for url in urls], "keys": keys})
-            view = build_view(config, cache, clock)
-            try:
-                account = Account()
-                row = await store.lookup(view, StorePath.parse_absolute(path), account)
-                ready = await store.content(view, row.number, 0, row.nar_size, account)
-                return cache.nars.path(ready.number).read_bytes()
-            finally:
-                await store.close()
-                await view.close()
-                cache.close()
+        found = []
 
-        return asyncio.run(asyncio.wait_for(main(), 60))
+        async def body(bench: Bench) -> None:
+            view = bench.view(*urls, keys=keys)
+            row = await bench.store.lookup(view, StorePath.parse_absolute(path), bench.account)
+            ready = await bench.store.content(view, row.number, 0, row.nar_size, bench.account)
+            found.append(bench.nar(ready.number))
+
+        run(tmp_path, body)
+        return found[0]
 
     return read
 
@@ -538,55 +525,28 @@ def test_a_path_that_two_sources_have_differently_is_told_of_once(
     write(copied, "update ValidPaths set hash = ? where path = ?", other, path.absolute())
     first, second = url_of(nix_cache.nix.store), url_of(copied)
 
-    async def main() -> None:
-        clock = Clock()
-        cache = open_cache(tmp_path / "cache", clock)
-        store = Store(
-            cache, clock, Notices(lambda _: None, lambda *_: None, lambda _: None), Limits(prefetch=False)
-        )
-        sources = [{"url": f"{url}&trusted=true"} for url in (first, second)]
-        view = build_view(ViewConfig.from_json({"sources": sources}), cache, clock)
-        try:
-            info = await store.resolver.path_info(view, path, Account())
-            assert store.stories.rows() == []  # the second was not asked for it
-            for _ in range(2):
-                every = [each async for each in store.resolver.candidates(view, path, Account())]
-                assert [each.source.url for each in every] == [first, second]
-                found = await store.resolver.by_hash_part(view, path.hash_part, Account())
-                assert found is not None
-                assert found.info.nar_hash == info.info.nar_hash
-            (story,) = store.stories.rows()
-            assert story.path == str(path)
-            for text in (first, second, str(info.info.nar_hash), str(Hash.parse(other))):
-                assert text in story.text
-        finally:
-            await store.close()
-            await view.close()
-            cache.close()
+    async def body(bench: Bench) -> None:
+        view = bench.view(*(f"{url}&trusted=true" for url in (first, second)), keys=())
+        info = await bench.store.resolver.path_info(view, path, bench.account)
+        assert bench.store.stories.rows() == []  # the second was not asked for it
+        for _ in range(2):
+            every = [each async for each in bench.store.resolver.candidates(view, path, bench.account)]
+            assert [each.source.url for each in every] == [first, second]
+            found = await bench.store.resolver.by_hash_part(view, path.hash_part, bench.account)
+            assert found is not None
+            assert found.info.nar_hash == info.info.nar_hash
+        (story,) = bench.store.stories.rows()
+        assert story.path == str(path)
+        for text in (first, second, str(info.info.nar_hash), str(Hash.parse(other))):
+            assert text in story.text
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    run(tmp_path, body)
 
 
 def test_doctor_asks_store_directories_too(nix_cache: SampleStore, tmp_path: Path) -> None:
     here = url_of(nix_cache.nix.store)
     path = StorePath.parse_absolute(nix_cache.paths["note"])
-    subject = Subject(
-        environ={},
-        uid=os.geteuid(),
-        cache_dir=tmp_path / "cache",
-        environments_dir=tmp_path / "environments",
-        max_bytes=None,
-        sources=(here, f"local?root={tmp_path}"),
-        keys=(),
-        require_signatures=True,
-        netrc=None,
-        ca_file=None,
-        nix={},
-        nix_error="",
-        status=lambda: None,
-        memory=lambda _: {},
-        paths=(path,),
-    )
+    subject = make_subject(tmp_path, here, f"local?root={tmp_path}", paths=(path,))
     good, bad = doctor.reachable(subject)
     assert good.state == "ok"
     assert bad.state == "failed"
