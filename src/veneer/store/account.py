@@ -68,8 +68,14 @@ class Account:
     """Of the trace that was brought, as far as it is by now."""
     traced: frozenset[StorePath] = frozenset()
     """The paths of that trace: what will be wanted of them is known."""
+    loading: bool = False
+    """Whether that trace is being loaded."""
     postponed: dict[StorePath, PathInfo] | None = None
-    """While the trace is loaded: those of its paths that were looked up, of whose references nothing is asked for yet."""
+    """As long as nothing else was looked up: those of its paths that were, of whose references nothing is asked for."""
+
+    def is_guided(self, path: StorePath) -> bool:
+        """Whether what is wanted of the path is on its way, because a trace told: waiting for it is no evidence for more."""
+        return self.loading and path in self.traced
 
     def ask(self, path: StorePath, nar_size: int) -> None:
         """Note that the content of ``path`` was wanted by a reader."""

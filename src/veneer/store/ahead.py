@@ -55,10 +55,17 @@ class Ahead:
         return [*self._metadata.values(), *self._content.values()]
 
     def looked_up(self, view: View, info: PathInfo, account: Account) -> None:
-        """The closure's narinfos and the direct references' listings are asked for next; those of a trace when it is here."""
-        if account.postponed is not None and info.store_path in account.traced:
-            account.postponed[info.store_path] = info
-            return
+        """The closure's narinfos and the direct references' listings are asked for next.
+
+        Of a path in the session's trace only when something is looked up that is not: until then, the trace has all.
+        """
+        if account.postponed is not None:
+            if info.store_path in account.traced:
+                account.postponed[info.store_path] = info
+                return
+            postponed, account.postponed = account.postponed, None
+            for traced in postponed.values():
+                self.looked_up(view, traced, account)
         key = (view.identity, info.store_path)
         if key not in self._metadata and info.info.references:
             self._metadata[key] = self._begin(
@@ -67,14 +74,8 @@ class Ahead:
             self._metadata[key].add_done_callback(lambda _: self._metadata.pop(key, None))
 
     def is_complete(self, view: View, account: Account) -> bool:
-        """Whether the session's closures are known, as far as they will be."""
+        """Whether all of the session's closures was asked for, and the answers are here."""
         return account.postponed is None and all(identity != view.identity for identity, _ in self._metadata)
-
-    def trace_ended(self, view: View, account: Account) -> None:
-        """What was postponed for it begins."""
-        postponed, account.postponed = account.postponed, None
-        for info in (postponed or {}).values():
-            self.looked_up(view, info, account)
 
     def wanted(self, view: View, account: Account, limit: int | None) -> None:
         """The session's evidence has changed. ``limit``: the cache's, in bytes."""

@@ -192,7 +192,8 @@ class Parts:
         waits = not all(part.nar.present[at] for at in wanted)
         try:
             self._fetch.ask(view, part, wanted, account, demanded=True)
-            self._read_ahead(view, part, offset, end, account)
+            if not account.is_guided(row.store_path):
+                self._read_ahead(view, part, offset, end, account)
             await self._fetch.have(view, part, wanted, account, demanded=True)
         except VeneerError as error:
             self._give_up(part, error)
@@ -205,7 +206,7 @@ class Parts:
             return None  # dropped meanwhile
         if self._is_deferred(view, part):
             part.shown = True
-        if waits:
+        if waits and not account.is_guided(row.store_path):
             self._waited(view, part, offset, loop.time() - began, account)
         self._complete_if_worth(view, part, account)
         return (*found, part.nar.inode)
@@ -429,6 +430,8 @@ class Parts:
         if part.closed:
             return
         nar = part.nar
+        if account.is_guided(part.row.store_path) and not self._is_deferred(view, part):
+            return
         missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
         pays = access.rest_pays(part.waited, missing, self._fetch.rate, times=part.waits)
         if self._is_deferred(view, part) or pays:

@@ -2,8 +2,8 @@
 
 It is background work: readers go first, its failures are stories, and it takes no more than the cache may hold. Each path
 goes through by itself, so that the first contents move while the last narinfos are asked for. A trace of at most
-PARALLEL_METADATA paths knows better than a closure bundle what is wanted: the bundle comes after it, and so does all other
-metadata of the closure; listings are asked for together with the narinfos, chunk maps together with the listings.
+PARALLEL_METADATA paths knows better than a closure bundle what is wanted: neither the bundle nor any other metadata of the closure is
+fetched before something else is looked up; listings are asked for together with the narinfos, chunk maps together with the listings.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Prefetch:
         self._whole = asyncio.Semaphore(PARALLEL_WHOLE)
         self._size = 0
         self._sources = [source for source in view.chain.sources if isinstance(source, RememberedSource)]
+        self._together = len(trace) <= PARALLEL_METADATA
         self.outcome = account.prefetched = Prefetched(len(trace))
         self.failure: VeneerError | OSError | None = None
         """The first."""
@@ -66,17 +67,20 @@ class Prefetch:
             size += traced.bytes
             progress({"paths_done": done, "paths": len(self._trace), "bytes_done": size, "bytes": total})
 
-        self._account.traced = frozenset(traced.path for traced in self._trace)
-        with ExitStack() as block:
-            if len(self._trace) <= PARALLEL_METADATA:
-                self._account.postponed = {}
-                block.callback(self._store.trace_ended, self._view, self._account)
-                for source in self._sources:
-                    block.enter_context(source.traced([path.hash_part for path in self._account.traced]))
-            stand_ins = await self._stand_ins()
-            async with asyncio.TaskGroup() as group:
-                for traced in self._trace:
-                    group.create_task(one(traced, stand_ins.get(traced.path, traced.path)))
+        account = self._account
+        account.traced, account.loading = frozenset(traced.path for traced in self._trace), True
+        try:
+            with ExitStack() as block:
+                if self._together:
+                    account.postponed = {}
+                    for source in self._sources:
+                        block.enter_context(source.traced([path.hash_part for path in account.traced]))
+                stand_ins = await self._stand_ins()
+                async with asyncio.TaskGroup() as group:
+                    for traced in self._trace:
+                        group.create_task(one(traced, stand_ins.get(traced.path, traced.path)))
+        finally:
+            account.loading = False
         return self.outcome
 
     async def _stand_ins(self) -> dict[StorePath, StorePath]:
@@ -114,7 +118,7 @@ class Prefetch:
             self._expect_listing(path)
             candidate = await store.resolver.best(view, path, account)
             info = candidate.info
-            if traced.files and account.postponed is not None:
+            if traced.files and self._together:
                 store.expect_parts(candidate, account)
             listed = await store.listed(view, info, account)
         if not listed:  # its tree comes with its NAR, whatever is wanted of it
@@ -140,10 +144,8 @@ class Prefetch:
 
     def _expect_listing(self, path: StorePath) -> None:
         """Of the first source, which is the likeliest to have the path, unless its narinfo is here already."""
-        if path in self._account.traced and self._account.postponed is not None and self._sources:
-            first = self._sources[0]
-            if first.recall(path.hash_part) is None:
-                first.expect_listing(path.hash_part, self._account.book_metadata)
+        if self._together and self._sources and self._sources[0].recall(path.hash_part) is None:
+            self._sources[0].expect_listing(path.hash_part, self._account.book_metadata)
 
     def _ranges(self, number: int, traced: TracedPath) -> Ranges:
         """On a worker thread. FormatError also when the tree was just evicted."""

@@ -63,7 +63,7 @@ class RememberedSource:
         self._expected = Expected()
         self._traced: Counter[str] = Counter()
         self._waiting: dict[str, UnverifiedPathInfo] = {}
-        """Roots whose bundles are not fetched as long as they are traced."""
+        """Traced roots, whose bundles are fetched when one of their references is asked for that is not traced."""
         self._misled: set[str] = set()
         """Whose answers came in a bundle and were of no use."""
 
@@ -122,7 +122,7 @@ class RememberedSource:
 
     @contextmanager
     def traced(self, hash_parts: Collection[str]) -> Iterator[None]:
-        """All that is wanted now is among these: their bundles can wait until the block ends."""
+        """All that is wanted now is among these: their bundles are not. Sidecars may be expected until the block ends."""
         self._traced.update(hash_parts)
         try:
             yield
@@ -130,9 +130,6 @@ class RememberedSource:
             self._traced.subtract(hash_parts)
             self._traced += Counter()  # without those that are at zero
             self._expected.give_up(hash_parts)
-            for root in [info for part, info in self._waiting.items() if part not in self._traced]:
-                del self._waiting[root.store_path.hash_part]
-                self._want_bundle(root, unmetered)
 
     def expect_listing(self, hash_part: str, meter: Meter) -> None:
         """Ask for it now; who calls ``listing`` next gets it. Only in a block of ``traced``."""
@@ -153,6 +150,7 @@ class RememberedSource:
             return known
         if known is not None:
             return None
+        self._want_waiting(hash_part)
         task = self._open.get(hash_part)
         if task is None:
             task = asyncio.create_task(self._ask(hash_part, meter), name=f"narinfo {hash_part}")
@@ -218,6 +216,14 @@ class RememberedSource:
         rows = self._index.narinfos(self.url, parts)
         if 2 * sum(row.body is not None for row in rows.values()) < len(parts):
             self._bundles.begin(root, meter)
+
+    def _want_waiting(self, hash_part: str) -> None:
+        """More is asked for than was traced."""
+        if self._waiting and hash_part not in self._traced:
+            for part, root in list(self._waiting.items()):
+                if any(reference.hash_part == hash_part for reference in root.references):
+                    del self._waiting[part]
+                    self._bundles.begin(root, unmetered)
 
     def _take(self, paths: list[BundledPath]) -> None:
         """Remember what a bundle says, where the source itself has not said it yet. CacheError."""

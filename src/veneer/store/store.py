@@ -224,10 +224,6 @@ class Store:
             async with self._places:
                 await self.whole(view, path, account)
 
-    def trace_ended(self, view: View, account: Account) -> None:
-        """What waited for the session's trace begins."""
-        self._ahead.trace_ended(view, account)
-
     def knows_closure(self, view: View, account: Account) -> bool:
         """Whether the session's closures were asked for, and nothing of them is under way."""
         return self._limits.prefetch and self._ahead.is_complete(view, account)

@@ -12,7 +12,7 @@ from tests.support.callers import eventually
 from tests.support.faulty_http import FaultyServer, Stall, Status
 from tests.support.published_cache import PublishedCache
 from tests.support.store_bench import Bench, eager, run, settled
-from tests.unit.store.test_libraries import BULK, REFERENCES, held, read, world
+from tests.unit.store.test_libraries import BULK, LIBRARY, REFERENCES, held, read, world
 from veneer.formats.trace import Trace, TracedFile, TracedPath
 from veneer.model.hashes import Hash
 from veneer.store import prefetch
@@ -90,26 +90,23 @@ def test_a_question_does_not_wait_for_the_one_before_it(
     over_http(tmp_path, cache, body)
 
 
-def test_the_rest_of_the_closure_is_asked_about_after_the_trace(
+def test_the_rest_of_the_closure_is_asked_about_when_something_else_is_looked_up(
     tmp_path: Path, cache: PublishedCache
 ) -> None:
     async def body(bench: Bench, view: View, server: FaultyServer) -> None:
-        server.fail(cache.nar("libc").name, Stall())
-        server.fail(f"/nar/{cache.nar('libc').name}", Stall())
-        work = asyncio.create_task(prefetching(bench, view, made(cache, *TRACED)))
-        await comes_true(lambda: server.count(f"/nar/{cache.nar('libc').name}") > 0)
+        await prefetching(bench, view, made(cache, *TRACED))
+        for name in TRACED:
+            await bench.store.lookup(view, cache.paths[name].path, bench.account)
+        await settled()
         assert not bench.store.knows_closure(view, bench.account)
-        assert server.count("*.bundle") == 0
-        assert server.count("*.narinfo") == len(TRACED)
-        server.heal()
-        await work
+        assert (server.count("*.narinfo"), server.count("*.bundle")) == (len(TRACED), 0)
+        await bench.store.lookup(view, cache.paths["liba"].path, bench.account)
         await settled()
         assert server.count("*.bundle") == 1
-        assert server.count("*.narinfo") == len(TRACED)
+        assert server.count("*.narinfo") < len(TRACED) + 5  # of seven paths; the bundle was under way
         assert bench.store.knows_closure(view, bench.account)
-        assert (
-            len(bench.account.closure) == len(REFERENCES) + 2 - 1
-        )  # all but script, and those that refer to nothing
+        closure = {path.name for path in bench.account.closure}
+        assert closure == {"tool", "liba", "linkb", "libb", "libc", "libd", "unused"}
 
     over_http(tmp_path, cache, body)
 
@@ -138,6 +135,26 @@ def test_programs_of_the_trace_bring_nothing_that_it_has_not(tmp_path: Path, cac
         await settled()
         assert held(bench, cache.paths["tool"]) < BULK / 4
         assert [held(bench, cache.paths[name]) for name in ("liba", "libb", "libd")] == [0, 0, 0]
+
+    over_http(tmp_path, cache, body)
+
+
+def test_waiting_for_what_the_trace_loads_is_no_evidence_for_more(
+    tmp_path: Path, cache: PublishedCache
+) -> None:
+    async def body(bench: Bench, view: View, server: FaultyServer) -> None:
+        server.fail(f"/nar/{cache.nar('libc').name}", Stall())
+        work = asyncio.create_task(prefetching(bench, view, made(cache, *TRACED)))
+        await comes_true(lambda: server.count(f"/nar/{cache.nar('libc').name}") > 0)
+        row = await bench.store.lookup(view, cache.paths["libc"].path, bench.account)
+        readers = [
+            asyncio.create_task(read(bench, view, row, "lib/libc.so.6", at)) for at in (0, LIBRARY // 2, 0)
+        ]
+        await asyncio.sleep(0)
+        server.heal()
+        await asyncio.gather(work, *readers)
+        await settled()
+        assert 0 < held(bench, cache.paths["libc"]) < BULK / 4
 
     over_http(tmp_path, cache, body)
 
