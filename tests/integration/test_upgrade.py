@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import compileall
-import dataclasses
-import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import veneer
 from tests.support.callers import Caller, eventually, read_line
 from tests.support.storm import (
     Readable,
@@ -27,6 +21,7 @@ from tests.support.storm import (
     server_of_mount,
     server_of_run,
 )
+from tests.support.versions import copied_program, edit, of_program
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.hand_over]
 
@@ -58,40 +53,19 @@ def make_version(open_directory: Path) -> MakeVersion:
 
     def make(version: str, broken: str = "") -> Path:
         place = open_directory / f"version-{version}"
-        package = place / "veneer"
         if place.exists():
             return place
-        shutil.copytree(Path(veneer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-        _replace(
-            package / "__init__.py", f'__version__ = "{veneer.__version__}"', f'__version__ = "{version}"'
-        )
+        package = copied_program(place, version)
         if broken:
             name, old, new = {**BREAKAGES, "keeper": KEEPER}[broken]
-            _replace(package / name, old, new)
-        compileall.compile_dir(package, quiet=1)  # who may not write there would compile it each time
+            edit(package / name, old, new)
         return place
 
     return make
 
 
-def _replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-
-
-def of_version(caller: Caller, place: Path) -> Caller:
-    """The same user with another program."""
-    path = os.pathsep.join([str(place), *filter(None, [caller.environment.get("PYTHONPATH", "")])])
-    return dataclasses.replace(caller, environment={**caller.environment, "PYTHONPATH": path})
-
-
 def upgrade(caller: Caller, *words: str, status: int = 0) -> dict[str, Any]:
-    done = caller.veneer("upgrade", "--json", *words, sources=False)
-    assert done.returncode == status, (done.stdout, done.stderr)
-    found = json.loads(done.stdout)
-    assert isinstance(found, dict)
-    return found
+    return caller.document("upgrade", *words, status=status, sources=False)
 
 
 def keeper_of(run: int) -> int:
@@ -104,7 +78,7 @@ def test_readers_in_an_environment_do_not_notice_upgrades(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
     caller.use(readable.cache.url, key=readable.cache.key)
-    versions = [of_version(caller, make_version(f"1.{n}")) for n in (0, 1)]
+    versions = [of_program(caller, make_version(f"1.{n}")) for n in (0, 1)]
     with reading_in_run(versions[0], readable) as reading:
         keeper = keeper_of(reading.process.pid)
         for n in range(1, UPGRADES + 1):
@@ -130,7 +104,7 @@ def test_readers_of_a_mount_do_not_notice_upgrades(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
     as_root.use(readable.cache.url, key=readable.cache.key)
-    versions = [of_version(as_root, make_version(f"1.{n}")) for n in (0, 1)]
+    versions = [of_program(as_root, make_version(f"1.{n}")) for n in (0, 1)]
     with mounted(versions[0]) as (mount, target), reading_below(target, as_root, readable) as reading:
         for n in range(1, UPGRADES + 1):
             found = upgrade(versions[n % 2])
@@ -146,7 +120,7 @@ def test_a_named_environment_is_upgraded_by_name_and_ls_says_so(
     caller: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
     caller.use(readable.cache.url, key=readable.cache.key)
-    old, new = (of_version(caller, make_version(f"1.{n}")) for n in (0, 1))
+    old, new = (of_program(caller, make_version(f"1.{n}")) for n in (0, 1))
     for name in ("one", "two"):
         done = old.veneer("up", name)
         assert done.returncode == 0, done.stderr
@@ -169,7 +143,7 @@ def test_a_named_environment_is_upgraded_by_name_and_ls_says_so(
 
 
 def versions_in_ls(caller: Caller) -> dict[str, str]:
-    rows = json.loads(caller.veneer("ls", "--json", sources=False).stdout)["environments"]
+    rows = caller.document("ls", sources=False)["environments"]
     return {row["name"]: row["version"] for row in rows}
 
 
@@ -178,8 +152,8 @@ def test_a_version_that_cannot_serve_leaves_the_old_one_running(
     caller: Caller, readable: Readable, make_version: MakeVersion, broken: str
 ) -> None:
     caller.use(readable.cache.url, key=readable.cache.key)
-    old = of_version(caller, make_version("1.0"))
-    new = of_version(caller, make_version(f"1.{broken}", broken))
+    old = of_program(caller, make_version("1.0"))
+    new = of_program(caller, make_version(f"1.{broken}", broken))
     with reading_in_run(old, readable) as reading:
         keeper = keeper_of(reading.process.pid)
         (row,) = upgrade(new, status=1)["running"]
@@ -202,18 +176,18 @@ def test_files_replaced_in_place_are_taken_up_when_they_serve(
 ) -> None:
     caller.use(readable.cache.url, key=readable.cache.key)
     place = make_version(f"2.0-{'root' if caller.is_root else 'user'}")
-    own = of_version(caller, place)
+    own = of_program(caller, place)
     server = place / "veneer" / "mount" / "server.py"
     name, (_, good, broken) = place.name.removeprefix("version-"), BREAKAGES["start"]
-    old = of_version(caller, make_version("1.0"))
+    old = of_program(caller, make_version("1.0"))
     with reading_in_run(old, readable) as reading:
         assert [row["state"] for row in upgrade(own)["running"]] == ["upgraded"]
-        _replace(server, good, broken)
-        _replace(place / "veneer" / "__init__.py", name, "2.1")
+        edit(server, good, broken)
+        edit(place / "veneer" / "__init__.py", name, "2.1")
         (row,) = upgrade(own, status=1)["running"]
         assert (row["state"], row["version"]) == ("refused", name)
-        _replace(server, broken, good)
-        _replace(place / "veneer" / "__init__.py", "2.1", "2.2")
+        edit(server, broken, good)
+        edit(place / "veneer" / "__init__.py", "2.1", "2.2")
         (row,) = upgrade(own)["running"]
         assert (row["state"], row["before"], row["version"]) == ("upgraded", name, "2.2")
         reading.check()
@@ -224,7 +198,7 @@ def test_a_keeper_that_could_not_begin_does_not_take_over(
 ) -> None:
     caller.use(readable.cache.url, key=readable.cache.key)
     old, new = (
-        of_version(caller, make_version(version, broken))
+        of_program(caller, make_version(version, broken))
         for version, broken in (("1.0", ""), ("1.keeper", "keeper"))
     )
     with reading_in_run(old, readable) as reading:
@@ -243,12 +217,12 @@ def test_a_daemon_that_somebody_else_looks_after_is_left_to_him(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
     as_root.use(readable.cache.url, key=readable.cache.key)
-    old = of_version(as_root, make_version("1.0"))
+    old = of_program(as_root, make_version("1.0"))
     daemon = old.popen(old.words("daemon"), stdin=subprocess.DEVNULL)
     try:
         assert daemon.stderr is not None
         assert "serving" in read_line(daemon.stderr)
-        found = upgrade(of_version(as_root, make_version("1.1")))
+        found = upgrade(of_program(as_root, make_version("1.1")))
         assert [(row["state"], row["version"]) for row in found["daemons"]] == [("left", "1.0")]
         assert daemon.poll() is None
     finally:
@@ -260,9 +234,9 @@ def test_a_mount_keeps_its_server_when_the_new_one_cannot_serve(
     as_root: Caller, readable: Readable, make_version: MakeVersion
 ) -> None:
     as_root.use(readable.cache.url, key=readable.cache.key)
-    with mounted(of_version(as_root, make_version("1.0"))) as (mount, target):
+    with mounted(of_program(as_root, make_version("1.0"))) as (mount, target):
         for broken in BREAKAGES:
-            found = upgrade(of_version(as_root, make_version(f"1.{broken}", broken)), status=1)
+            found = upgrade(of_program(as_root, make_version(f"1.{broken}", broken)), status=1)
             assert [(row["state"], row["version"]) for row in found["running"]] == [("refused", "1.0")]
             assert (target / readable.programs[0]).read_bytes()
             assert mount.poll() is None
@@ -274,9 +248,9 @@ def test_a_daemon_that_cannot_start_leaves_the_old_one_running(
     as_root.use(readable.cache.url, key=readable.cache.key)
     place = make_version("1.daemon")
     (place / "veneer" / "daemon" / "run.py").write_text("raise ImportError('no daemon')\n")
-    with mounted(of_version(as_root, make_version("1.0"))) as (_, target):
+    with mounted(of_program(as_root, make_version("1.0"))) as (_, target):
         before = as_root.daemon_pid()
-        found = upgrade(of_version(as_root, place), status=1)
+        found = upgrade(of_program(as_root, place), status=1)
         (daemon,) = found["daemons"]
         assert (daemon["state"], daemon["version"]) == ("refused", "1.0")
         assert "no daemon" in daemon["why"]
