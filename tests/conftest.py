@@ -41,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for number in (signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    if not hasattr(config, "workerinput"):  # the one process that outlives those that run tests, or runs them itself
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:  # the one process that outlives those, or runs the tests itself
         os.environ[MARK] = secrets.token_hex(8)
         config.stash[_before] = look_before(os.environ[MARK])
 

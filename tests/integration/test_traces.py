@@ -262,6 +262,8 @@ def test_a_mount_prefetches_as_well(as_root: Caller, store: SignedCache, server:
     target.mkdir()
     mount = as_root.popen(as_root.words("mount", "--prefetch", file, target))
     try:
+        assert mount.stderr is not None
+        assert "mounted on" in read_line(mount.stderr)
         eventually(lambda: len(set(nars(server))) == 3)
     finally:
         mount.terminate()
