@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.callers import Caller, Probe, eventually
+from tests.support.callers import Caller, Probe, eventually, read_line
 from tests.support.faulty_http import FaultyServer, Stall, Status
 from tests.support.signed_cache import MadePath, SignedCache, make_path
 from tests.support.storm import kill_server, server_of_run
