@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -15,6 +18,8 @@ from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
+
+_IN_WORDS = re.compile(re.escape(DEFAULT_STORE_DIR) + r"/([a-z0-9]{32}-[A-Za-z0-9+\-._?=]+)")
 
 _CACHE_DIR = click.option(
     "--cache-dir",
@@ -169,3 +174,14 @@ def split_store_path(text: str) -> tuple[str, str]:
         return StorePath.parse(name).basename, rest.strip("/")
     except FormatError as error:
         raise UsageError(error.what, hint=f"such as {DEFAULT_STORE_DIR}/<hash>-<name>") from error
+
+
+def roots_in(words: Sequence[str]) -> list[str]:
+    """Base names of the store paths that a command line names anywhere, and of the program's when it is a link to one."""
+    found: dict[str, None] = {}
+    program = words[0] if words else ""
+    for word in (*words, os.path.realpath(program) if "/" in program else ""):
+        for match in _IN_WORDS.finditer(word):
+            with contextlib.suppress(FormatError):
+                found[StorePath.parse(match[1]).basename] = None
+    return list(found)

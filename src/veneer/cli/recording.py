@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from veneer.cli.client import Client
-from veneer.cli.options import split_store_path
 from veneer.cli.output import Output, count
 from veneer.cli.private_daemon import WatchedDaemon
 from veneer.formats import touches, trace
@@ -24,7 +23,7 @@ from veneer.formats.tree_index import Kind, TreeIndex, tree_file
 from veneer.model.errors import FormatError, LimitError, UsageError, VeneerError
 from veneer.model.hashes import Hash
 from veneer.model.program import Program
-from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
+from veneer.model.store_path import StorePath
 
 TREE_SECONDS = 5.0
 """How long the daemon may take to have a tree again that was evicted."""
@@ -137,17 +136,6 @@ def read(file: str) -> Trace:
 def request(made: Trace, roots: Sequence[str] = ()) -> dict[str, object]:
     """Arguments of the daemon's ``prefetch``."""
     return {"trace": trace.to_rows(made), "roots": list(roots)}
-
-
-def roots_in(words: Sequence[str]) -> list[str]:
-    """Base names of the store paths that a command line names, and of the program's when it is a link to one."""
-    found: dict[str, None] = {}
-    program = words[0] if words else ""
-    for word in (*words, os.path.realpath(program) if "/" in program else ""):
-        if word.startswith(DEFAULT_STORE_DIR + "/"):
-            with contextlib.suppress(UsageError):
-                found[split_store_path(word)[0]] = None
-    return list(found)
 
 
 @dataclass(slots=True)

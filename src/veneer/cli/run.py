@@ -23,16 +23,19 @@ from veneer.cli.client import Client, connect
 from veneer.cli.config import Flags, Settings, load_settings
 from veneer.cli.enter import has_sources_of, join, shell_or
 from veneer.cli.nix import NixFlags, nix_flags, nix_spec, with_host_store
-from veneer.cli.options import json_option, quiet_option, settings_flags
+from veneer.cli.options import json_option, quiet_option, roots_in, settings_flags
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import WatchedDaemon, make_cache_dir
 from veneer.cli.run_report import closing_line, combine, touched, troubles
 from veneer.model.errors import VeneerError
+from veneer.model.store_path import DEFAULT_STORE_DIR
 
 if TYPE_CHECKING:
     from veneer.environment import Companion, Living
     from veneer.formats.trace import Trace
 
+MOST_NAMED = 1000
+"""Store paths of a command line that are asked about before the command comes to them: what fits into a socket unread."""
 FIGURES_SECONDS = 5.0
 """How long the closing figures may take; without them the line says less."""
 
@@ -101,8 +104,14 @@ def run(
         daemon = stack.enter_context(
             contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted))
         )
-        # The trace is read while the daemon starts.
-        companion: Companion = daemon if ahead is None else prefetching(daemon, read_trace(ahead), words)
+        # While the daemon starts.
+        companion: Companion = daemon
+        if ahead is not None:
+            companion = prefetching(daemon, read_trace(ahead), words)
+        elif named := [
+            name for name in roots_in(words) if not os.path.lexists(f"{DEFAULT_STORE_DIR}/{name}")
+        ]:
+            daemon.client.tell("look-up", {"paths": named[:MOST_NAMED]})
         from veneer import environment  # while the daemon starts
 
         notes = None
@@ -153,7 +162,7 @@ def read_trace(file: str) -> Trace:
 
 def prefetching(daemon: WatchedDaemon, trace: Trace, words: Sequence[str]) -> Companion:
     """The daemon, which loads what a trace tells from now on. Does not wait."""
-    from veneer.cli.recording import Prefetching, request, roots_in
+    from veneer.cli.recording import Prefetching, request
 
     return Prefetching(daemon, request(trace, roots_in(words))).begin()
 
@@ -178,7 +187,7 @@ def _join(
         )
     with contextlib.ExitStack() as stack:
         if ahead is not None:
-            from veneer.cli.recording import request, roots_in
+            from veneer.cli.recording import request
 
             brought = read_trace(ahead)
             client = connect(settings.cache_dir, settings.view(os.urandom(8).hex()))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import veneer
 from veneer.formats.narinfo import parse_narinfo
 from veneer.formats.trace import from_rows
-from veneer.model.errors import UsageError
+from veneer.model.errors import UsageError, VeneerError
 from veneer.model.path_info import PathInfo
 from veneer.model.store_path import StorePath
-from veneer.store.prefetch import Prefetch
+from veneer.store.prefetch import PARALLEL_METADATA, Prefetch
 from veneer.store.store import Store
 
 from .sessions import Session, Sessions
 from .worker import WorkerSockets
 
 Progress = Callable[[dict[str, object]], None]
+MOST_NAMED = 4096
+"""Paths that are looked up ahead for one command."""
 Verb = Callable[[Session, dict[str, object], Progress], Awaitable[dict[str, object]]]
 
 
@@ -46,6 +49,7 @@ class Control:
         self._verbs: dict[str, Verb] = {
             "status": self._status,
             "fetch": self._fetch,
+            "look-up": self._look_up,
             "prefetch": self._prefetch,
             "closure": self._closure,
             "gc": self._gc,
@@ -138,6 +142,29 @@ class Control:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return {"paths": len(infos), "nar_bytes": total, "wire_bytes": account.wire_bytes - before}
+
+    async def _look_up(
+        self, session: Session, request: dict[str, object], progress: Progress
+    ) -> dict[str, object]:
+        """Have the trees of these paths, as if somebody had looked each of them up; who does will be told what is wrong with it.
+
+        So it is known what may be read, and what belongs to it, before a command that names the paths comes to them.
+        """
+        store, view, account = self._store, session.view, session.account
+        at_once = asyncio.Semaphore(PARALLEL_METADATA)
+        found = 0
+
+        async def one(path: StorePath) -> None:
+            nonlocal found
+            async with at_once:
+                with suppress(VeneerError):  # what stops a reader is told to him
+                    await store.lookup(view, path, account)
+                    found += 1
+
+        async with asyncio.TaskGroup() as group:
+            for path in _paths(request)[:MOST_NAMED]:
+                group.create_task(one(path))
+        return {"found": found}
 
     async def _prefetch(
         self, session: Session, request: dict[str, object], progress: Progress

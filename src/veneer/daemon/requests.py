@@ -41,7 +41,7 @@ SIGN_SECONDS = 5.0
 """Between signs of life for a waiting request; far below any sensible ``--patience``."""
 RETIRED_TOLD = 1000
 """Condemned path numbers that a new connection is told of, at most: a mount server may have missed the notice."""
-OPEN_VERBS = ("closure", "content", "prefetch", "report", "tree")
+OPEN_VERBS = ("closure", "content", "look-up", "prefetch", "report", "tree")
 """CONTROL verbs for everybody: no more than a mount server may ask."""
 
 _LAST = 10

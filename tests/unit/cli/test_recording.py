@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from veneer.cli.recording import made_of, roots_in, write
+from veneer.cli.options import roots_in
+from veneer.cli.recording import made_of, write
 from veneer.formats.touches import Touched
 from veneer.formats.trace import TracedFile
 from veneer.formats.tree_index import TreeIndex, encode_tree
@@ -79,4 +80,6 @@ def test_roots_are_the_store_paths_of_a_command_line(tmp_path: Path) -> None:
     (tmp_path / "result").symlink_to(f"/nix/store/{NOTE}")
     words = [str(tmp_path / "result" / "bin" / "x"), f"/nix/store/{GIT}/bin/git", "/nix/store/nothing", "git"]
     assert roots_in(words) == [str(GIT), str(NOTE)]
+    words = ["env", f"P=/nix/store/{NOTE}/lib:/usr/lib:/nix/store/{GIT}", f"exec /nix/store/{GIT}/bin/git;"]
+    assert roots_in(words) == [str(NOTE), str(GIT)]
     assert roots_in([]) == []
