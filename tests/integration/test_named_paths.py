@@ -17,13 +17,15 @@ pytestmark = [pytest.mark.root, pytest.mark.fuse]
 ABSENT = f"/nix/store/{'0' * 32}-absent"
 
 
+@pytest.mark.parametrize("listings", [True, False])
 def test_named_paths_are_looked_up_and_not_fetched(
-    caller: Caller, open_directory: Path, faulty_http: Callable[[Path], FaultyServer]
+    listings: bool, caller: Caller, open_directory: Path, faulty_http: Callable[[Path], FaultyServer]
 ) -> None:
     store = SignedCache(
         open_directory / f"store-{os.urandom(4).hex()}",
         [make_path(name, 1000) for name in ("tool-1.0", "lib-1.0", "other-1.0")],
         compression="zstd",
+        listings=listings,
         references={"tool-1.0": ["lib-1.0"]},
     )
     store.directory.chmod(0o755)

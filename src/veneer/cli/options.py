@@ -106,7 +106,7 @@ _PUBLISH = (
         metavar="SIZE",
         default="256K",
         show_default=True,
-        help="Most uncompressed bytes of a frame: what reading a small file costs.",
+        help="Uncompressed bytes of a frame of small files; those of large files have up to four times as many.",
     ),
     click.option(
         "--jobs",

@@ -146,10 +146,7 @@ class Control:
     async def _look_up(
         self, session: Session, request: dict[str, object], progress: Progress
     ) -> dict[str, object]:
-        """Have the trees of these paths, as if somebody had looked each of them up; who does will be told what is wrong with it.
-
-        So it is known what may be read, and what belongs to it, before a command that names the paths comes to them.
-        """
+        """Have the metadata of these paths, which a command names: so it is known what may be read before it comes to them."""
         store, view, account = self._store, session.view, session.account
         at_once = asyncio.Semaphore(PARALLEL_METADATA)
         found = 0
@@ -158,7 +155,7 @@ class Control:
             nonlocal found
             async with at_once:
                 with suppress(VeneerError):  # what stops a reader is told to him
-                    await store.lookup(view, path, account)
+                    await store.named(view, path, account)
                     found += 1
 
         async with asyncio.TaskGroup() as group:

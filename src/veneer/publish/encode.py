@@ -1,8 +1,9 @@
 """A NAR as independent zstd frames with a seek table at the end: an ordinary ``.nar.zst`` that can be read in parts.
 
-Frames hold at most ``frame_size`` uncompressed bytes. A file that is at least that long begins a frame of its own and is
-cut every ``frame_size`` bytes; smaller ones share frames with their neighbours and are never cut, as long as they
-are not longer than a frame (``cut``). So reading one small file costs one frame.
+A file that is at least ``frame_size`` bytes long begins a frame of its own and is cut into frames of a quarter of it: in whole
+frame sizes, from one to LARGEST of them. Smaller files share a frame of at most ``frame_size`` with their neighbours and are
+never cut (``cut``). So reading one small file costs one small frame, and where much is read of a file anyway, frames are long
+enough to compress well.
 
 Equal trees, options and zstd give equal bytes. Frames are compressed by a pool of threads that all NARs under way
 share; each NAR has at most ``window`` frames in memory.
@@ -28,6 +29,8 @@ from veneer.model.hashes import Hash
 from veneer.model.tree import Node
 
 DEFAULT_FRAME_SIZE = 256 << 10
+LARGEST = 4
+"""Frame sizes that the frames of the largest files are long."""
 DEFAULT_LEVEL = 3
 """Nix's own."""
 MIN_FRAME_SIZE = 4 << 10
@@ -52,15 +55,15 @@ class Encoder:
     def __init__(
         self, *, level: int = DEFAULT_LEVEL, frame_size: int = DEFAULT_FRAME_SIZE, jobs: int = 1
     ) -> None:
-        """``frame_size`` in bytes; ``jobs``: frames compressed at once. UsageError."""
+        """``frame_size`` in bytes, of a small frame; ``jobs``: frames compressed at once. UsageError."""
         if level not in LEVELS:
             raise UsageError(f"not a zstd level: {level}", hint=f"{LEVELS[0]} to {LEVELS[-1]}")
-        if not MIN_FRAME_SIZE <= frame_size <= MAX_CHUNK:
+        if not MIN_FRAME_SIZE <= frame_size <= MAX_CHUNK // LARGEST:
             raise UsageError(
                 f"frames of {frame_size} bytes cannot be written",
-                hint=f"{MIN_FRAME_SIZE} to {MAX_CHUNK} bytes",
+                hint=f"{MIN_FRAME_SIZE} to {MAX_CHUNK // LARGEST} bytes",
             )
-        self._level = level
+        self._parameters = _parameters(level, LARGEST * frame_size)
         self._frame_size = frame_size
         self._window = _WINDOW_PER_JOB * jobs
         self._pool = ThreadPoolExecutor(jobs, "encode")
@@ -121,7 +124,7 @@ class Encoder:
         """(frame, uncompressed size, digest of the uncompressed bytes)."""
         compressor: zstandard.ZstdCompressor | None = getattr(self._own, "compressor", None)
         if compressor is None:  # one serves one thread
-            compressor = self._own.compressor = zstandard.ZstdCompressor(level=self._level)
+            compressor = self._own.compressor = zstandard.ZstdCompressor(compression_params=self._parameters)
         return compressor.compress(part), len(part), hashlib.sha256(part).digest()
 
 
@@ -138,13 +141,31 @@ def cut(tree: Node, frame_size: int) -> Iterator[int]:
             if start < offset and (event.size >= frame_size or end > start + frame_size):
                 start = offset
                 yield start
-            while start + frame_size < end:
-                start += frame_size
+            step = frame_size * min(LARGEST, max(1, event.size // LARGEST // frame_size))
+            while start + step < end:
+                start += step
+                yield start
+            if start + frame_size < end:
+                start = end
                 yield start
     while start + frame_size < layout.position:
         start += frame_size
         yield start
     yield layout.position
+
+
+def _parameters(level: int, longest: int) -> zstandard.ZstdCompressionParameters:
+    """Zstd's own for the level, fitted to frames that have nothing before them to refer to.
+
+    Where it looks for matches of 5 bytes in two hash tables (levels 3 and 4), matches of 4 and larger tables give frames that are
+    1 to 2 % smaller in the same time.
+    """
+    given = zstandard.ZstdCompressionParameters.from_level(level, source_size=longest)
+    if given.strategy != zstandard.STRATEGY_DFAST:
+        return given
+    return zstandard.ZstdCompressionParameters.from_level(
+        level, source_size=longest, min_match=4, hash_log=18, chain_log=18
+    )
 
 
 def _parts(pieces: Iterable[bytes], ends: Iterable[int]) -> Iterator[bytes]:

@@ -136,6 +136,14 @@ class Store:
             self._ahead.looked_up(view, info, account)
         return row
 
+    async def named(self, view: View, path: StorePath, account: Account) -> None:
+        """The path may be looked up soon: have its metadata, and its tree where a listing tells it."""
+        info = await self.resolver.path_info(view, path, account)
+        account.know(path, info.info.nar_size)
+        if self._limits.prefetch:
+            self._ahead.looked_up(view, info, account)
+        await self.listed(view, info, account)
+
     async def tree(self, view: View, number: int, account: Account) -> int:
         """Publish the tree of a known number again (its file was lost)."""
         row = self._row(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import tracemalloc
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from veneer.formats.nar import nar_of, nar_size, with_offsets
 from veneer.formats.seekable_zstd import FOOTER_SIZE, parse_seek_table, table_size
 from veneer.model.errors import FormatError, UsageError
 from veneer.model.tree import Directory, Node, RegularFile, Symlink
-from veneer.publish.encode import MIN_FRAME_SIZE, Encoded, Encoder, cut
+from veneer.publish.encode import LARGEST, MIN_FRAME_SIZE, Encoded, Encoder, cut
 
 FRAME = MIN_FRAME_SIZE
 
@@ -38,7 +39,9 @@ def encode(node: Node, data: bytes, piece: int = 1 << 20, jobs: int = 2) -> tupl
 
 
 TREES = st.one_of(
-    st.lists(st.integers(0, 3 * FRAME), max_size=12).map(lambda sizes: tree(*sizes)),
+    st.lists(st.integers(0, 3 * FRAME) | st.integers(0, 20 * FRAME), max_size=12).map(
+        lambda sizes: tree(*sizes)
+    ),
     st.integers(0, 3 * FRAME).map(lambda size: with_offsets(RegularFile(size, True, 0))),
     st.just(Symlink(b"there")),
     st.integers(0, 200).map(lambda n: Directory(tuple((b"%03d" % i, Symlink(b"t" * 100)) for i in range(n)))),
@@ -50,10 +53,27 @@ def test_frames_are_never_empty_nor_too_big_and_cover_the_nar(node: Node) -> Non
     ends = list(cut(node, FRAME))
     starts = [0, *ends[:-1]]
     assert ends[-1] == nar_size(node)
-    assert all(0 < end - start <= FRAME for start, end in zip(starts, ends, strict=True))
+    assert all(0 < end - start <= LARGEST * FRAME for start, end in zip(starts, ends, strict=True))
 
 
-@given(st.lists(st.integers(0, 3 * FRAME), max_size=12))
+@pytest.mark.parametrize(
+    ("size", "long"), [(1, 1), (7, 1), (8, 2), (12, 3), (15, 3), (16, 4), (17, 4), (1000, 4)]
+)
+def test_frames_of_a_large_file_are_a_quarter_of_it_within_limits(size: int, long: int) -> None:
+    node = tree(10, size * FRAME, 10)
+    assert isinstance(node, Directory)
+    large = node.entries[1][1]
+    assert isinstance(large, RegularFile)
+    end = large.offset + size * FRAME
+    ends = [at for at in cut(node, FRAME) if large.offset <= at <= end]
+    sizes = [after - before for before, after in itertools.pairwise(ends)]
+    assert ends[0] == large.offset
+    assert all(each == long * FRAME for each in sizes[:-1])
+    assert all(0 < each <= long * FRAME for each in sizes)
+    assert end - ends[-1] <= FRAME  # goes on with what follows
+
+
+@given(st.lists(st.integers(0, 3 * FRAME) | st.integers(0, 20 * FRAME), max_size=12))
 def test_small_files_are_never_cut_and_big_ones_begin_a_frame(sizes: list[int]) -> None:
     node = tree(*sizes)
     ends = set(cut(node, FRAME))
@@ -122,7 +142,7 @@ def test_memory_is_bounded_by_frames_under_way() -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("level", "frame"), [(0, FRAME), (23, FRAME), (3, FRAME - 1), (3, (64 << 20) + 1)])
+@pytest.mark.parametrize(("level", "frame"), [(0, FRAME), (23, FRAME), (3, FRAME - 1), (3, (16 << 20) + 1)])
 def test_options_that_nothing_could_read_are_refused(level: int, frame: int) -> None:
     with pytest.raises(UsageError):
         Encoder(level=level, frame_size=frame)
