@@ -1,9 +1,9 @@
 """A NAR as independent zstd frames with a seek table at the end: an ordinary ``.nar.zst`` that can be read in parts.
 
-A file that is at least ``frame_size`` bytes long begins a frame of its own and is cut into frames of a quarter of it: in whole
-frame sizes, from one to LARGEST of them. Smaller files share a frame of at most ``frame_size`` with their neighbours and are
-never cut (``cut``). So reading one small file costs one small frame, and where much is read of a file anyway, frames are long
-enough to compress well.
+A file that is at least ``frame_size`` bytes long begins a frame of its own and is cut into frames of half of it: in whole frame
+sizes, from one to LARGEST of them. Smaller files share a frame of at most ``frame_size`` with their neighbours and are never
+cut. A NAR that is no longer than the longest frame is one (``cut``). So reading a small file out of many costs one small frame,
+and frames are long enough to compress well where all is read anyway.
 
 Equal trees, options and zstd give equal bytes. Frames are compressed by a pool of threads that all NARs under way
 share; each NAR has at most ``window`` frames in memory.
@@ -22,7 +22,7 @@ from typing import BinaryIO
 import zstandard
 
 from veneer.formats.chunk_map import MAX_CHUNK, Chunk, place_chunks
-from veneer.formats.nar import File, Layout, events_of
+from veneer.formats.nar import File, Layout, events_of, nar_size
 from veneer.formats.seekable_zstd import write_seek_table
 from veneer.model.errors import FormatError, UsageError
 from veneer.model.hashes import Hash
@@ -132,6 +132,9 @@ def cut(tree: Node, frame_size: int) -> Iterator[int]:
     """Where each frame of the tree's NAR ends, ascending; the last is the NAR's size."""
     layout = Layout()
     start = 0
+    if nar_size(tree) <= LARGEST * frame_size:
+        yield nar_size(tree)
+        return
     for event in events_of(tree, layout):
         if isinstance(event, File):
             offset, end = event.offset, event.offset + event.size
@@ -141,7 +144,7 @@ def cut(tree: Node, frame_size: int) -> Iterator[int]:
             if start < offset and (event.size >= frame_size or end > start + frame_size):
                 start = offset
                 yield start
-            step = frame_size * min(LARGEST, max(1, event.size // LARGEST // frame_size))
+            step = frame_size * min(LARGEST, max(1, event.size // 2 // frame_size))
             while start + step < end:
                 start += step
                 yield start

@@ -57,10 +57,10 @@ def test_frames_are_never_empty_nor_too_big_and_cover_the_nar(node: Node) -> Non
 
 
 @pytest.mark.parametrize(
-    ("size", "long"), [(1, 1), (7, 1), (8, 2), (12, 3), (15, 3), (16, 4), (17, 4), (1000, 4)]
+    ("size", "long"), [(3, 1), (4, 2), (5, 2), (6, 3), (7, 3), (8, 4), (9, 4), (1000, 4)]
 )
-def test_frames_of_a_large_file_are_a_quarter_of_it_within_limits(size: int, long: int) -> None:
-    node = tree(10, size * FRAME, 10)
+def test_frames_of_a_large_file_are_half_of_it_within_limits(size: int, long: int) -> None:
+    node = tree(10, size * FRAME, 10, 2 * FRAME)
     assert isinstance(node, Directory)
     large = node.entries[1][1]
     assert isinstance(large, RegularFile)
@@ -75,7 +75,7 @@ def test_frames_of_a_large_file_are_a_quarter_of_it_within_limits(size: int, lon
 
 @given(st.lists(st.integers(0, 3 * FRAME) | st.integers(0, 20 * FRAME), max_size=12))
 def test_small_files_are_never_cut_and_big_ones_begin_a_frame(sizes: list[int]) -> None:
-    node = tree(*sizes)
+    node = tree(*sizes, 4 * FRAME)
     ends = set(cut(node, FRAME))
     assert isinstance(node, Directory)
     for _, file in node.entries:
@@ -84,6 +84,12 @@ def test_small_files_are_never_cut_and_big_ones_begin_a_frame(sizes: list[int]) 
             assert file.offset in ends
         else:
             assert not any(file.offset < end < file.offset + file.size for end in ends)
+
+
+def test_a_nar_that_is_no_longer_than_the_longest_frame_is_one() -> None:
+    header = nar_size(tree(0))
+    assert len(list(cut(tree(LARGEST * FRAME - header), FRAME))) == 1
+    assert len(list(cut(tree(LARGEST * FRAME - header + 8), FRAME))) > 1
 
 
 def test_small_neighbours_share_a_frame() -> None:
