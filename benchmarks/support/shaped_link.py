@@ -129,7 +129,7 @@ class _Relay:
         )
         try:
             await asyncio.gather(*both)
-        except ConnectionError:
+        except* OSError:  # one side has gone
             writer.transport.abort()
             server_writer.transport.abort()
 
