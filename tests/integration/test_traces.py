@@ -254,7 +254,9 @@ def test_prefetch_goes_on_beside_the_command(
         assert json.loads(told)["paths"] == 4
         assert probe.finish() == 0, probe.errors
     assert store.file("unused-1.0", "nar") not in nars(server)
-    assert json.loads(report.read_text())["prefetched"]["paths"] == 4
+    told = json.loads(report.read_text())
+    assert told["prefetched"]["paths"] == 4
+    assert told["closure"]["paths"] == 1  # of what was read; nobody else's was asked for
 
 
 def test_a_mount_prefetches_as_well(as_root: Caller, store: SignedCache, server: FaultyServer) -> None:

@@ -14,7 +14,7 @@ from veneer.formats.signature import SecretKey
 from veneer.model.hashes import Hash
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.publish.contents import Content
-from veneer.publish.encode import Encoder
+from veneer.publish.encode import LARGEST, Encoder
 from veneer.publish.plan import make_plan
 from veneer.publish.target import open_target
 from veneer.publish.upload import Publisher, begin_cache
@@ -24,7 +24,7 @@ FRAME = 64 << 10
 
 
 class PublishedCache:
-    """Files below ``directory``, with frames of FRAME bytes. ``references``: name of a path -> names of paths.
+    """Files below ``directory``; large ones have frames of FRAME bytes. ``references``: name of a path -> names of paths.
     ``roots``: those that have a closure bundle."""
 
     def __init__(
@@ -60,7 +60,7 @@ class PublishedCache:
         ]
         with (
             open_target(parse_source_url(str(directory))) as target,
-            Encoder(frame_size=frame_size, jobs=2) as encoder,
+            Encoder(frame_size=frame_size // LARGEST, jobs=2) as encoder,
         ):
             begin_cache(target, "/nix/store")
             publisher = Publisher(target, encoder, contents, key=self.secret, jobs=2)

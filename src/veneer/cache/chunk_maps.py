@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from veneer.formats.chunk_map import Chunk, parse_table, place_chunks, write_table
 from veneer.model.errors import FormatError
 
-from .index import Index
+from .index import Index, NarState
 
 HOLDERS = 4
 """Places of one digest that are looked at."""
@@ -89,12 +89,14 @@ class ChunkMaps:
         return self._db.one("SELECT 1 FROM chunk_maps LIMIT 1") is not None
 
     def elsewhere(self, number: int) -> list[int]:
-        """Ordinals of the number's chunks that others may hold, too: one question for all of them."""
+        """Ordinals of the number's chunks that whole NARs hold, too: one question for all of them, each digest looked for once."""
         found = self._db.all(
-            "SELECT mine.ordinal FROM chunk_places mine WHERE mine.number = ? AND EXISTS ("
+            "WITH mine AS (SELECT DISTINCT digest FROM chunk_places WHERE number = ?1)"
+            " SELECT ordinal FROM chunk_places WHERE number = ?1 AND digest IN ("
+            " SELECT digest FROM mine WHERE EXISTS ("
             " SELECT 1 FROM chunk_places c JOIN paths p USING (number)"
-            " WHERE c.digest = mine.digest AND c.number <> mine.number AND p.nar <> 0 AND p.quarantined = 0)",
-            (number,),
+            " WHERE c.digest = mine.digest AND c.number <> ?1 AND p.nar = ?2 AND p.quarantined = 0))",
+            (number, NarState.WHOLE),
         )
         return [int(ordinal) for (ordinal,) in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -71,7 +72,8 @@ def _fetch_traced(output: Output, settings: Settings, file: str, roots: list[str
     from veneer.cli.recording import read, request
 
     wanted = request(read(file), roots)
-    with open_client(settings) as client, output.progress("fetching") as advance:
+    session = os.urandom(8).hex()  # whoever reads beside it is not led by this trace
+    with open_client(settings, session) as client, output.progress("fetching") as advance:
         result = client.control("prefetch", {**wanted, "strict": True}, advance)
     text = (
         f"what was touched of {count(number(result, 'done'), 'store path')} in the cache,"

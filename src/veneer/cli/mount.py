@@ -64,7 +64,8 @@ def mount(output: Output, flags: Flags, directory: str, ahead: str | None) -> in
     settings = load_settings(flags)
     fuse = device.open_fuse()
     make_cache_dir(settings.cache_dir)
-    with closing(WatchedDaemon(settings, "", output)) as watched, _interruptible():
+    session = os.urandom(8).hex()
+    with closing(WatchedDaemon(settings, session, output)) as watched, _interruptible():
         watched.client.greet()
         daemon: Companion = watched
         if ahead is not None:
@@ -77,7 +78,7 @@ def mount(output: Output, flags: Flags, directory: str, ahead: str | None) -> in
         status: int | None = None
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-            with _means(fuse, target, settings) as means:
+            with _means(fuse, target, settings, session) as means:
                 status = _serve(means, daemon, output)
         except KeyboardInterrupt:
             pass  # that is how it ends
@@ -227,7 +228,7 @@ def _upgrade(
 
 
 @contextmanager
-def _means(fuse: int, target: Path, settings: Settings) -> Iterator[_Means]:
+def _means(fuse: int, target: Path, settings: Settings, session: str) -> Iterator[_Means]:
     """For the block; after it the mount's descriptor is closed, and no server knows that we are there."""
     from veneer.environment import running
     from veneer.model.program import this_program
@@ -236,7 +237,7 @@ def _means(fuse: int, target: Path, settings: Settings) -> Iterator[_Means]:
     cache_dir = settings.cache_dir
     cache = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     brought = os.memfd_create("view")
-    os.write(brought, json.dumps(settings.view()).encode())
+    os.write(brought, json.dumps(settings.view(session)).encode())
     owner, ours = os.pipe2(os.O_CLOEXEC)
     succession = Succession(fuse)
     max_parked = settings.limits.get("parked-requests")

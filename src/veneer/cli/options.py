@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -19,7 +19,7 @@ from veneer.model.store_path import DEFAULT_STORE_DIR, StorePath
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-_IN_WORDS = re.compile(re.escape(DEFAULT_STORE_DIR) + r"/([a-z0-9]{32}-[A-Za-z0-9+\-._?=]+)")
+_IN_STORE = re.compile(re.escape(DEFAULT_STORE_DIR) + r"/([a-z0-9]{32}-[A-Za-z0-9+\-._?=]+)")
 
 _CACHE_DIR = click.option(
     "--cache-dir",
@@ -106,7 +106,7 @@ _PUBLISH = (
         metavar="SIZE",
         default="256K",
         show_default=True,
-        help="Uncompressed bytes of a frame of small files; those of large files have up to four times as many.",
+        help="Most uncompressed bytes of small files in a frame. A frame of a large file, or of a small path, has up to four times as many.",
     ),
     click.option(
         "--jobs",
@@ -177,11 +177,23 @@ def split_store_path(text: str) -> tuple[str, str]:
 
 
 def roots_in(words: Sequence[str]) -> list[str]:
-    """Base names of the store paths that a command line names anywhere, and of the program's when it is a link to one."""
+    """Base names of the store paths that a command line's words lie in, and of the program's when it is a link to one."""
+    return _store_paths(_IN_STORE.match(word) for word in _with_program(words))
+
+
+def named_in(words: Sequence[str]) -> list[str]:
+    """As ``roots_in``, anywhere in the words: in search paths and scripts, too. Some may not be meant."""
+    return _store_paths(match for word in _with_program(words) for match in _IN_STORE.finditer(word))
+
+
+def _with_program(words: Sequence[str]) -> list[str]:
+    return [*words, *(os.path.realpath(program) for program in words[:1] if "/" in program)]
+
+
+def _store_paths(matches: Iterable[re.Match[str] | None]) -> list[str]:
     found: dict[str, None] = {}
-    program = words[0] if words else ""
-    for word in (*words, os.path.realpath(program) if "/" in program else ""):
-        for match in _IN_WORDS.finditer(word):
+    for match in matches:
+        if match is not None:
             with contextlib.suppress(FormatError):
                 found[StorePath.parse(match[1]).basename] = None
     return list(found)

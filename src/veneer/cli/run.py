@@ -23,7 +23,7 @@ from veneer.cli.client import Client, connect
 from veneer.cli.config import Flags, Settings, load_settings
 from veneer.cli.enter import has_sources_of, join, shell_or
 from veneer.cli.nix import NixFlags, nix_flags, nix_spec, with_host_store
-from veneer.cli.options import json_option, quiet_option, roots_in, settings_flags
+from veneer.cli.options import json_option, named_in, quiet_option, roots_in, settings_flags
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import WatchedDaemon, make_cache_dir
 from veneer.cli.run_report import closing_line, combine, touched, troubles
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from veneer.environment import Companion, Living
     from veneer.formats.trace import Trace
 
-MOST_NAMED = 1000
-"""Store paths of a command line that are asked about before the command comes to them: what fits into a socket unread."""
+NAMED_BYTES = 64 << 10
+"""Of names of store paths that the daemon is told of: what fits into its socket while it does not read yet."""
 FIGURES_SECONDS = 5.0
 """How long the closing figures may take; without them the line says less."""
 
@@ -104,15 +104,13 @@ def run(
         daemon = stack.enter_context(
             contextlib.closing(WatchedDaemon(settings, session, output, nix=nix.wanted))
         )
-        # While the daemon starts.
+        # All of this while the daemon starts.
         companion: Companion = daemon
         if ahead is not None:
             companion = prefetching(daemon, read_trace(ahead), words)
-        elif named := [
-            name for name in roots_in(words) if not os.path.lexists(f"{DEFAULT_STORE_DIR}/{name}")
-        ]:
-            daemon.client.tell("look-up", {"paths": named[:MOST_NAMED]})
-        from veneer import environment  # while the daemon starts
+        else:
+            _announce(daemon.client, words)
+        from veneer import environment
 
         notes = None
         if trace is not None:
@@ -151,6 +149,18 @@ def run(
             output.warning(line)
         output.note(closing_line(document))
     return end_as(outcome.status, outcome.signal)
+
+
+def _announce(client: Client, words: Sequence[str]) -> None:
+    """Tell the daemon what the command names, as far as the machine does not have it. Does not wait."""
+    named = [name for name in named_in(words) if not os.path.lexists(f"{DEFAULT_STORE_DIR}/{name}")]
+    room = NAMED_BYTES
+    fitting = [name for name in named if (room := room - len(name) - 4) >= 0]
+    if fitting:
+        with contextlib.suppress(
+            VeneerError
+        ):  # it has gone; whoever follows it is asked by the command itself
+            client.tell("look-up", {"paths": fitting})
 
 
 def read_trace(file: str) -> Trace:
@@ -208,15 +218,25 @@ def _figures(
     if not names:
         return None
     try:
+        closure = {}
         if wants_all:
-            with contextlib.suppress(
-                VeneerError
-            ):  # a path of it is missing in the caches: count what is known
-                client.control("closure", {"paths": names}, seconds=FIGURES_SECONDS)
-        return client.control("report", seconds=FIGURES_SECONDS)
+            with contextlib.suppress(VeneerError):  # of a closure with a hole, what is known counts
+                closure = _closure_figures(
+                    client.control("closure", {"paths": names}, seconds=FIGURES_SECONDS)
+                )
+        return {**client.control("report", seconds=FIGURES_SECONDS), **closure}
     except VeneerError as error:
         output.note(f"no figures from the daemon: {error.story()}")
         return None
+
+
+def _closure_figures(closure: Mapping[str, object]) -> dict[str, object]:
+    """As in the daemon's report."""
+    rows = closure.get("paths")
+    return {
+        "closure_paths": len(rows) if isinstance(rows, list) else None,
+        "closure_bytes": closure.get("nar_size"),
+    }
 
 
 def _write_report(name: str, document: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ from .sessions import Session, Sessions
 from .worker import WorkerSockets
 
 Progress = Callable[[dict[str, object]], None]
-MOST_NAMED = 4096
+MOST_NAMED = 1000
 """Paths that are looked up ahead for one command."""
 Verb = Callable[[Session, dict[str, object], Progress], Awaitable[dict[str, object]]]
 
@@ -146,22 +146,24 @@ class Control:
     async def _look_up(
         self, session: Session, request: dict[str, object], progress: Progress
     ) -> dict[str, object]:
-        """Have the metadata of these paths, which a command names: so it is known what may be read before it comes to them."""
+        """Have the metadata of these paths, which a command names, and of their closures: so it is known what may be read."""
         store, view, account = self._store, session.view, session.account
         at_once = asyncio.Semaphore(PARALLEL_METADATA)
-        found = 0
+        found: list[StorePath] = []
 
         async def one(path: StorePath) -> None:
-            nonlocal found
             async with at_once:
                 with suppress(VeneerError):  # what stops a reader is told to him
                     await store.named(view, path, account)
-                    found += 1
+                    found.append(path)
 
         async with asyncio.TaskGroup() as group:
             for path in _paths(request)[:MOST_NAMED]:
                 group.create_task(one(path))
-        return {"found": found}
+        if self._store.prefetches:
+            with suppress(VeneerError):
+                await store.closure(view, found, account)
+        return {"found": len(found)}
 
     async def _prefetch(
         self, session: Session, request: dict[str, object], progress: Progress

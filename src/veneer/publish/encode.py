@@ -167,7 +167,11 @@ def _parameters(level: int, longest: int) -> zstandard.ZstdCompressionParameters
     if given.strategy != zstandard.STRATEGY_DFAST:
         return given
     return zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=longest, min_match=4, hash_log=18, chain_log=17
+        level,
+        source_size=longest,
+        min_match=4,
+        hash_log=max(18, given.hash_log),
+        chain_log=max(17, given.chain_log),
     )
 
 

@@ -66,16 +66,16 @@ class Account:
     """Of libraries that were loaded unasked."""
     prefetched: Prefetched | None = None
     """Of the trace that was brought, as far as it is by now."""
-    traced: frozenset[StorePath] = frozenset()
-    """The paths of that trace: what will be wanted of them is known."""
-    loading: bool = False
-    """Whether that trace is being loaded."""
+    traced: set[StorePath] = field(default_factory=set)
+    """Paths of traces that were brought: what will be wanted of them is known."""
+    guided: set[StorePath] = field(default_factory=set)
+    """Those of them that are still being loaded."""
     postponed: dict[StorePath, PathInfo] | None = None
     """As long as nothing else was looked up: those of its paths that were, of whose references nothing is asked for."""
 
     def is_guided(self, path: StorePath) -> bool:
         """Whether what is wanted of the path is on its way, because a trace told: waiting for it is no evidence for more."""
-        return self.loading and path in self.traced
+        return path in self.guided
 
     def ask(self, path: StorePath, nar_size: int) -> None:
         """Note that the content of ``path`` was wanted by a reader."""

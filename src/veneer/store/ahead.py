@@ -27,6 +27,10 @@ DOWNLOADS = 4
 class Doer(Protocol):
     """The store's own ways to have things."""
 
+    def want_closure(self, view: View, path: StorePath, account: Account) -> None:
+        """All that the path refers to is asked for next."""
+        ...
+
     async def closure(
         self, view: View, roots: Iterable[StorePath], account: Account
     ) -> dict[StorePath, PathInfo]: ...
@@ -104,6 +108,7 @@ class Ahead:
         if not references:
             return
         async with self._metadata_tasks:
+            self._doer.want_closure(view, info.store_path, account)
             found = await self._doer.closure(view, references, account)
         if len(references) > LISTINGS:
             return

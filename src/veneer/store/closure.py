@@ -52,6 +52,8 @@ async def resolve_closure(
 
     if not seen:
         return found
+    for root in seen:
+        resolver.want_closure(view, root, account)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(parallel):

@@ -49,6 +49,8 @@ KNOWN = 4096
 """Files of a session that are known to have been looked into."""
 BLOCK = 64 << 10
 """Bytes of a file that are read at once to look into it."""
+TREES = 16
+"""Of one program's, kept open."""
 HOPS = 16
 """Links from one store path to another that are followed."""
 SCRIPT = 256
@@ -94,7 +96,8 @@ class Libraries:
         """A reader has what begins at ``offset`` of this NAR. Where no program begins there, this costs 4 bytes out of memory."""
         if len(self._running) >= WAITING or (number, offset) in account.linked:
             return
-        if account.traced and (row := self._cache.index.path(number)) and row.store_path in account.traced:
+        row = None if account.postponed is None else self._cache.index.path(number)
+        if row is not None and row.store_path in account.traced:
             return  # what it needs is in the trace as well
         if not self._is_program(number, offset, whole=whole):
             return
@@ -175,6 +178,7 @@ class _Program:
         self._metadata = metadata
         self._view = view
         self._account = account
+        self._trees: dict[int, TreeIndex] = {}
         self._loads = asyncio.Semaphore(LOADS)
         self._group = asyncio.TaskGroup()
         self._known: dict[StorePath, asyncio.Task[_Known | None]] = {}
@@ -405,7 +409,7 @@ class _Program:
         """Name -> file, or the absolute path that it is a link to; without those that are not there. On a worker thread."""
         files: dict[bytes, _File | bytes] = {}
         try:
-            tree = self._cache.trees.open(of.number)
+            tree = self._tree(of.number)
             for name in names:
                 found = (
                     find_library(tree, name) if directory is None else follow(tree, directory + b"/" + name)
@@ -416,10 +420,19 @@ class _Program:
             return {}
         return files
 
+    def _tree(self, number: int) -> TreeIndex:
+        """On a worker thread. FormatError."""
+        tree = self._trees.get(number)
+        if tree is None:
+            if len(self._trees) >= TREES:
+                self._trees.clear()
+            tree = self._trees[number] = self._cache.trees.open(number)
+        return tree
+
     def _file_at(self, of: _Known, offset: int) -> _File | None:
         """On a worker thread."""
         try:
-            tree = self._cache.trees.open(of.number)
+            tree = self._tree(of.number)
             entry = tree.file_at(offset)
             return None if entry is None else _file(of, tree, entry)
         except FormatError:

@@ -190,9 +190,10 @@ class Parts:
         loop = asyncio.get_running_loop()
         began = loop.time()
         waits = not all(part.nar.present[at] for at in wanted)
+        guided = account.is_guided(row.store_path)
         try:
             self._fetch.ask(view, part, wanted, account, demanded=True)
-            if not account.is_guided(row.store_path):
+            if not guided:
                 self._read_ahead(view, part, offset, end, account)
             await self._fetch.have(view, part, wanted, account, demanded=True)
         except VeneerError as error:
@@ -206,9 +207,9 @@ class Parts:
             return None  # dropped meanwhile
         if self._is_deferred(view, part):
             part.shown = True
-        if waits and not account.is_guided(row.store_path):
+        if waits and not guided:
             self._waited(view, part, offset, loop.time() - began, account)
-        self._complete_if_worth(view, part, account)
+        self._complete_if_worth(view, part, account, guided=guided)
         return (*found, part.nar.inode)
 
     async def load(
@@ -233,7 +234,7 @@ class Parts:
             return False
         if part.closed:
             return False
-        self._complete_if_worth(view, part, account)
+        self._complete_if_worth(view, part, account, guided=account.is_guided(row.store_path))
         return True
 
     def expect(self, row: PathRow, candidate: Candidate, account: Account) -> None:
@@ -426,11 +427,11 @@ class Parts:
 
     # -- all of it
 
-    def _complete_if_worth(self, view: View, part: Part, account: Account) -> None:
+    def _complete_if_worth(self, view: View, part: Part, account: Account, *, guided: bool) -> None:
         if part.closed:
             return
         nar = part.nar
-        if account.is_guided(part.row.store_path) and not self._is_deferred(view, part):
+        if guided and not self._is_deferred(view, part):
             return
         missing = (1 - nar.held / nar.nar_size) * (expected_size(part.info.info) or nar.nar_size)
         pays = access.rest_pays(part.waited, missing, self._fetch.rate, times=part.waits)

@@ -63,24 +63,27 @@ class Prefetch:
         async def one(traced: TracedPath, path: StorePath) -> None:
             nonlocal done, size
             await self._one(traced, path)
+            account.guided.discard(path)
             done += 1
             size += traced.bytes
             progress({"paths_done": done, "paths": len(self._trace), "bytes_done": size, "bytes": total})
 
         account = self._account
-        account.traced, account.loading = frozenset(traced.path for traced in self._trace), True
+        stand_ins = await self._stand_ins()
+        paths = [stand_ins.get(traced.path, traced.path) for traced in self._trace]
+        account.traced.update(paths)
+        account.guided.update(paths)
         try:
             with ExitStack() as block:
                 if self._together:
-                    account.postponed = {}
+                    account.postponed = {} if account.postponed is None else account.postponed
                     for source in self._sources:
-                        block.enter_context(source.traced([path.hash_part for path in account.traced]))
-                stand_ins = await self._stand_ins()
+                        block.enter_context(source.traced([path.hash_part for path in paths]))
                 async with asyncio.TaskGroup() as group:
-                    for traced in self._trace:
-                        group.create_task(one(traced, stand_ins.get(traced.path, traced.path)))
+                    for traced, path in zip(self._trace, paths, strict=True):
+                        group.create_task(one(traced, path))
         finally:
-            account.loading = False
+            account.guided.difference_update(paths)
         return self.outcome
 
     async def _stand_ins(self) -> dict[StorePath, StorePath]:

@@ -32,6 +32,7 @@ from .expected import Expected
 PARSED_KEPT = 4096
 """Parsed narinfos held in memory; the rest is in the index."""
 BUNDLED_KEPT = 100_000
+WAITING_KEPT = 1000
 
 
 class RememberedSource:
@@ -62,8 +63,8 @@ class RememberedSource:
         """Whose answers came in a bundle, as far as we remember."""
         self._expected = Expected()
         self._traced: Counter[str] = Counter()
-        self._waiting: dict[str, UnverifiedPathInfo] = {}
-        """Traced roots, whose bundles are fetched when one of their references is asked for that is not traced."""
+        self._waiting: OrderedDict[str, UnverifiedPathInfo] = OrderedDict()
+        """Traced roots, whose bundles are fetched when somebody wants their closures."""
         self._misled: set[str] = set()
         """Whose answers came in a bundle and were of no use."""
 
@@ -150,7 +151,6 @@ class RememberedSource:
             return known
         if known is not None:
             return None
-        self._want_waiting(hash_part)
         task = self._open.get(hash_part)
         if task is None:
             task = asyncio.create_task(self._ask(hash_part, meter), name=f"narinfo {hash_part}")
@@ -205,25 +205,28 @@ class RememberedSource:
         self._want_bundle(info, meter)
         return self._keep(hash_part, info)
 
+    def want_closure(self, hash_part: str, meter: Meter = unmetered) -> None:
+        """All that the path refers to will be asked for: now its bundle is of use, though it was traced.
+
+        What it refers to itself may be known from the trace, which says nothing of what comes behind that.
+        """
+        root = self._waiting.pop(hash_part, None)
+        if root is not None:
+            self._bundles.begin(root, meter)
+
     def _want_bundle(self, root: UnverifiedPathInfo, meter: Meter) -> None:
         """Fetch its bundle if there is one and most of what it refers to would have to be asked for."""
         if not bundle.is_announced(root):
             return
         if root.store_path.hash_part in self._traced:
             self._waiting[root.store_path.hash_part] = root
+            if len(self._waiting) > WAITING_KEPT:
+                self._waiting.popitem(last=False)
             return
         parts = {path.hash_part for path in root.references if path != root.store_path}
         rows = self._index.narinfos(self.url, parts)
         if 2 * sum(row.body is not None for row in rows.values()) < len(parts):
             self._bundles.begin(root, meter)
-
-    def _want_waiting(self, hash_part: str) -> None:
-        """More is asked for than was traced."""
-        if self._waiting and hash_part not in self._traced:
-            for part, root in list(self._waiting.items()):
-                if any(reference.hash_part == hash_part for reference in root.references):
-                    del self._waiting[part]
-                    self._bundles.begin(root, unmetered)
 
     def _take(self, paths: list[BundledPath]) -> None:
         """Remember what a bundle says, where the source itself has not said it yet. CacheError."""

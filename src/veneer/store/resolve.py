@@ -100,6 +100,12 @@ class Resolver:
             if isinstance(source, RememberedSource):
                 await source.bundled(path.hash_part)
 
+    def want_closure(self, view: View, path: StorePath, account: Account) -> None:
+        """Before questions about all that the path refers to."""
+        for source in view.chain.sources:
+            if isinstance(source, RememberedSource):
+                source.want_closure(path.hash_part, account.book_metadata)
+
     def remembered(self, view: View, path: StorePath) -> PathInfo | None:
         """What ``path_info`` would give, where that can be told without asking anybody; None where it cannot.
 

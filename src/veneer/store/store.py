@@ -136,12 +136,14 @@ class Store:
             self._ahead.looked_up(view, info, account)
         return row
 
+    def want_closure(self, view: View, path: StorePath, account: Account) -> None:
+        self.resolver.want_closure(view, path, account)
+
     async def named(self, view: View, path: StorePath, account: Account) -> None:
         """The path may be looked up soon: have its metadata, and its tree where a listing tells it."""
         info = await self.resolver.path_info(view, path, account)
+        self._notices.present(path)
         account.know(path, info.info.nar_size)
-        if self._limits.prefetch:
-            self._ahead.looked_up(view, info, account)
         await self.listed(view, info, account)
 
     async def tree(self, view: View, number: int, account: Account) -> int:
@@ -258,6 +260,11 @@ class Store:
         for path, info in found.items():
             account.know(path, info.info.nar_size)
         return found
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether anything may be asked for that nobody has wanted yet."""
+        return self._limits.prefetch
 
     @property
     def busy(self) -> set[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer.cli.options import roots_in
+from veneer.cli.options import named_in, roots_in
 from veneer.cli.recording import made_of, write
 from veneer.formats.touches import Touched
 from veneer.formats.trace import TracedFile
@@ -81,5 +81,6 @@ def test_roots_are_the_store_paths_of_a_command_line(tmp_path: Path) -> None:
     words = [str(tmp_path / "result" / "bin" / "x"), f"/nix/store/{GIT}/bin/git", "/nix/store/nothing", "git"]
     assert roots_in(words) == [str(GIT), str(NOTE)]
     words = ["env", f"P=/nix/store/{NOTE}/lib:/usr/lib:/nix/store/{GIT}", f"exec /nix/store/{GIT}/bin/git;"]
-    assert roots_in(words) == [str(NOTE), str(GIT)]
+    assert named_in(words) == [str(NOTE), str(GIT)]
+    assert roots_in(words) == []
     assert roots_in([]) == []

@@ -86,6 +86,20 @@ def test_small_files_are_never_cut_and_big_ones_begin_a_frame(sizes: list[int]) 
             assert not any(file.offset < end < file.offset + file.size for end in ends)
 
 
+@pytest.mark.parametrize("level", range(1, 8))
+def test_a_higher_level_is_another_one_and_no_larger(level: int) -> None:
+    data = b"".join(
+        hashlib.sha256(b"%d" % (n % 977)).digest()[: n % 29] + b"abcdefg"[: n % 7] for n in range(40_000)
+    )
+
+    def size(at: int) -> int:
+        node = with_offsets(RegularFile(len(data), False, 0))
+        with Encoder(level=at) as encoder:
+            return encoder.encode(node, nar_of(node, lambda _: [data]), io.BytesIO()).file_size
+
+    assert size(level + 1) < size(level)
+
+
 def test_a_nar_that_is_no_longer_than_the_longest_frame_is_one() -> None:
     header = nar_size(tree(0))
     assert len(list(cut(tree(LARGEST * FRAME - header), FRAME))) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support.store_bench import Bench, eager, run, settled
 from tests.unit.store.test_libraries import BULK, LIBRARY, REFERENCES, held, read, world
 from veneer.formats.trace import Trace, TracedFile, TracedPath
 from veneer.model.hashes import Hash
+from veneer.model.store_path import StorePath
 from veneer.store import prefetch
 from veneer.store.prefetch import Prefetch
 from veneer.store.views import View
@@ -42,6 +44,10 @@ def made(cache: PublishedCache, *names: str) -> Trace:
         )
         for name in names
     )
+
+
+def names_only(cache: PublishedCache, *names: str) -> Trace:
+    return tuple(TracedPath(cache.paths[name].path, Hash("sha256", bytes(32)), 0, ()) for name in names)
 
 
 def url(cache: PublishedCache, name: str, suffix: str) -> str:
@@ -107,6 +113,69 @@ def test_the_rest_of_the_closure_is_asked_about_when_something_else_is_looked_up
         assert bench.store.knows_closure(view, bench.account)
         closure = {path.name for path in bench.account.closure}
         assert closure == {"tool", "liba", "linkb", "libb", "libc", "libd", "unused"}
+
+    over_http(tmp_path, cache, body)
+
+
+def test_a_bundle_comes_when_what_a_traced_path_refers_to_is_wanted(
+    tmp_path: Path, cache: PublishedCache
+) -> None:
+    """The root refers to what is traced, and only that to more."""
+
+    async def body(bench: Bench, view: View, server: FaultyServer) -> None:
+        traced = ("tool", *REFERENCES["tool"])
+        await prefetching(bench, view, names_only(cache, *traced))
+        for name in traced:
+            await bench.store.lookup(view, cache.paths[name].path, bench.account)
+        await settled()
+        assert server.count("*.bundle") == 0
+        assert server.count("*.narinfo") == len(traced)
+        await bench.store.closure(view, [cache.paths["tool"].path], bench.account)
+        assert server.count("*.bundle") == 1
+
+    over_http(tmp_path, cache, body)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_traces_of_one_session_do_not_disturb_each_other(
+    tmp_path: Path, cache: PublishedCache, order: int
+) -> None:
+    async def body(bench: Bench, view: View, server: FaultyServer) -> None:
+        for name in TRACED[::order]:
+            await prefetching(bench, view, made(cache, name))
+        for name in TRACED:
+            await bench.store.lookup(view, cache.paths[name].path, bench.account)
+        await settled()
+        assert server.count("*.bundle") == 0
+        await bench.store.lookup(view, cache.paths["liba"].path, bench.account)
+        await settled()
+        assert bench.store.knows_closure(view, bench.account)
+        assert len(bench.account.closure) == 7
+        assert bench.account.guided == set()
+
+    over_http(tmp_path, cache, body)
+
+
+def test_what_stands_for_a_changed_path_is_guided_and_nothing_is_left_of_it(
+    tmp_path: Path, cache: PublishedCache
+) -> None:
+    async def body(bench: Bench, view: View, server: FaultyServer) -> None:
+        libc = cache.paths["libc"]
+        (traced,) = made(cache, "libc")
+        changed = replace(traced, path=StorePath("0" * 32, "libc"))
+        server.fail(f"/nar/{cache.nar('libc').name}", Stall())
+        roots = [cache.paths["tool"].path]
+        work = asyncio.create_task(
+            Prefetch(bench.store, view, bench.account, (changed,), roots).run(lambda _: None)
+        )
+        await comes_true(lambda: server.count(f"/nar/{cache.nar('libc').name}") > 0)
+        assert bench.account.is_guided(libc.path)
+        server.heal()
+        assert (await work).changed == 1
+        assert not bench.account.is_guided(libc.path)
+        assert not [
+            task for task in asyncio.all_tasks() if task.get_name().startswith(".")
+        ]  # expected sidecars
 
     over_http(tmp_path, cache, body)
 
