@@ -8,7 +8,8 @@ Over loopback the cache is the corpus as it is (zstd). With ``--link``, 200 Mbit
 that ``veneer mirror`` published.
 
 Readers are 8 processes at a time, one for each store path (``find -type f -exec cat {} +``); ``tar`` is one reader for all.
-``veneer fetch --closure`` brings the same content into the cache and reads nothing.
+``veneer fetch --closure`` brings the same content into the cache and reads nothing, as ``nix copy`` does; a job that reads
+everything has that to do afterwards, where Nix copied it to: ``nix copy, then tar`` is both.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ RATIO = 1.1
 READERS = 8
 _EACH = f"""printf '%s\\0' "$@" | xargs -0 -P {READERS} -n 1 sh -ec 'find "$0" -type f -exec cat {{}} + >/dev/null'"""
 _TAR = """set -o pipefail; tar -c -b 2048 -f - -C / "${@#/}" | cat >/dev/null"""
-_NIX, _FETCH, _PARALLEL, _ONE = (
+_NIX, _NIX_ONE, _FETCH, _PARALLEL, _ONE = (
     "nix copy",
+    "nix copy, then tar",
     "veneer fetch --closure",
     f"veneer run, {READERS} readers",
     "veneer run, tar",
@@ -41,7 +43,7 @@ def main() -> None:
     with Stage(corpus_of(options)) as stage, contextlib.ExitStack() as stack:
         where = "200 Mbit/s and 20 ms" if options.link else "loopback"
         title = f"Reading all of a closure of {len(stage.closure)} paths, {where}"
-        table = Table(title, [_NIX, _FETCH, _PARALLEL, _ONE])
+        table = Table(title, [_NIX, _NIX_ONE, _FETCH, _PARALLEL, _ONE])
         served = stack.enter_context(caches(stage)) if options.link else {"zstd": zstd(stage)}
         ways = {
             f"{cache}|{way}": _way(stage, served[cache], way, link=options.link)
@@ -68,8 +70,8 @@ def _way(stage: Stage, cache: Served, way: str, *, link: bool) -> Callable[[], f
     }
 
     def run(url: str) -> float:
-        if way == _NIX:
-            return stage.eager(url, cache.key)
+        if way in (_NIX, _NIX_ONE):
+            return stage.eager(url, cache.key, then=_TAR.replace("-C /", "-C .") if way == _NIX_ONE else "")
         command, *rest = words[way]
         return stage.veneer(command, *rest, url=url, key=cache.key)
 

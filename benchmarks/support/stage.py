@@ -103,10 +103,11 @@ class Stage:
     ) -> None:
         self._stack.close()
 
-    def eager(self, url: str, key: str | None = None) -> float:
+    def eager(self, url: str, key: str | None = None, then: str = "") -> float:
         """Seconds in which real Nix copies the whole closure from ``url``, signatures checked, into an empty store.
 
-        ``key``: whose signatures count, instead of the corpus's.
+        ``key``: whose signatures count, instead of the corpus's. ``then``: a script for bash whose time counts too, in the
+        directory in which the store lies, with the closure's paths as arguments.
         """
         home = self._fresh("nix")
         nix = RealNix(self._programs, home)
@@ -116,6 +117,8 @@ class Stage:
         there = len(list((nix.store / "nix/store").glob("*-*")))
         if there < len(self.closure):
             raise BenchError(f"nix copy brought {there} paths of {len(self.closure)}")
+        if then:
+            seconds += timed(["bash", "-c", then, "bash", *self.closure], cwd=nix.store)
         remove(home)
         return seconds
 

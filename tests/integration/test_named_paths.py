@@ -34,7 +34,7 @@ def test_named_paths_are_looked_up_and_not_fetched(
     tool, lib, other = (store.paths[name].path for name in ("tool-1.0", "lib-1.0", "other-1.0"))
     words = ["sh", "-c", "echo up; read line", f"/nix/store/{tool}/a-program", f"--with={ABSENT}/x"]
     with caller.running("run", "--", *words) as process:
-        eventually(lambda: server.count(f"/{lib.hash_part}.ls"))  # of what the named one refers to
+        eventually(lambda: server.count(f"/{lib.hash_part}.narinfo"))  # of what the named one refers to
         eventually(lambda: server.count(f"/{'0' * 32}.narinfo"))
         assert server.count(f"/{tool.hash_part}.ls") == 1
         assert server.count("/nar/*") == 0

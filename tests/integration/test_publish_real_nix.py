@@ -161,7 +161,7 @@ def test_a_killed_publisher_leaves_a_valid_cache_and_the_next_completes_it(
         def is_there(count: int = wanted, process: subprocess.Popen[str] = process) -> bool:
             return len(narinfos(to)) >= count or process.poll() is not None
 
-        eventually(is_there)
+        eventually(is_there, seconds=100)  # level 19 takes its time
         process.kill()
         process.communicate(timeout=20)
         killed += process.returncode == -signal.SIGKILL
