@@ -327,7 +327,8 @@ def test_a_daemon_killed_in_the_middle_fails_nix_and_the_next_one_goes_on(
     store.kill()
     _, said = waiting.communicate(timeout=SECONDS)
     assert waiting.returncode
-    assert "disconnected" in said or "unexpected end-of-file" in said  # as 2.8 puts it
+    # 2.8 says that it was an end of file, or what was left unread made of it.
+    assert any(word in said for word in ("disconnected", "unexpected end-of-file", "reset by peer"))
     server.heal()
     store.start()
     assert nix.run(*command)

@@ -46,6 +46,10 @@ def _no_progress(_: Mapping[str, object]) -> None:
     return None
 
 
+class LostDaemonError(DaemonError):
+    """It was there, and has gone: perhaps only at its end, when the next one takes its place."""
+
+
 class Client:
     """One connection. Not for concurrent use. Close it, or use it as a context manager."""
 
@@ -149,14 +153,14 @@ class Client:
         while not self._frames:
             data = self._socket.recv(_CHUNK)
             if not data:
-                raise DaemonError("the daemon closed the connection", where=self._where)
+                raise LostDaemonError("the daemon closed the connection", where=self._where)
             self._frames = self._splitter.feed(data)
         return self._frames.pop(0)
 
     def _lost(self, error: OSError) -> DaemonError:
         if isinstance(error, TimeoutError):
             return DaemonError("the daemon does not answer", where=self._where)
-        return DaemonError(f"lost the daemon: {error.strerror or error}", where=self._where)
+        return LostDaemonError(f"lost the daemon: {error.strerror or error}", where=self._where)
 
 
 def failure(body: bytes) -> VeneerError:
@@ -207,10 +211,14 @@ def open_socket(cache_dir: Path) -> socket.socket | None:
 
 
 def connect(cache_dir: Path, view: Mapping[str, object] | None) -> Client | None:
-    """A greeted client of the running daemon; None when none runs."""
+    """A greeted client of the running daemon; None when none runs, or it is ending. DaemonError: it does not answer as one."""
     connection = open_socket(cache_dir)
     if connection is None:
         return None
-    client = Client(connection, view, str(cache_dir / wire.SOCKET_NAME))
-    client.greet()
+    try:
+        client = Client(connection, view, str(cache_dir / wire.SOCKET_NAME))
+        client.greet()
+    except LostDaemonError:
+        connection.close()
+        return None
     return client

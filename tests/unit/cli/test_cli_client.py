@@ -179,3 +179,19 @@ def test_a_cache_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CacheError):
         open_socket(tmp_path / "file")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_daemon_that_ends_while_it_is_asked_is_none(tmp_path: Path, reads: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / wire.SOCKET_NAME))
+        listening.listen()
+
+        def end() -> None:
+            with listening.accept()[0] as caller:
+                caller.recv(65536 if reads else 1, 0 if reads else socket.MSG_PEEK)
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        assert connect(tmp_path, None) is None
+        ending.join(5)
