@@ -200,14 +200,8 @@ def forget_pages(path: Path) -> None:
 def test_servers_have_successors_when_the_program_is_gone_from_the_beginning(
     caller: Caller, readable: Readable, open_directory: Path
 ) -> None:
-    place = caller.home.with_name(f"{caller.home.name}-gone")
-    package = copied_program(place, "3.0")
-    restless(package)
-    own = of_program(caller, place)
-    own.use(readable.cache.url, key=readable.cache.key)
-    with own.environment_probe() as probe:
-        assert is_read(probe, readable)
-        package.rename(place / "removed")
+    with of_copied_program(caller, readable) as (_, package, probe):
+        package.rename(package.with_name("removed"))
         for _ in range(2):
             kill_server(lambda: server_of_run(probe.process.pid))
             assert is_read(probe, readable)
@@ -221,13 +215,7 @@ def test_a_broken_version_that_is_installed_over_the_running_one_is_refused(
     caller: Caller, readable: Readable, broken: str
 ) -> None:
     """From the beginning, and though there are no files of a program to go back to."""
-    place = caller.home.with_name(f"{caller.home.name}-{broken}")
-    package = copied_program(place, "3.0")
-    restless(package)
-    own = of_program(caller, place)
-    own.use(readable.cache.url, key=readable.cache.key)
-    with own.environment_probe() as probe:
-        assert is_read(probe, readable)
+    with of_copied_program(caller, readable) as (own, package, probe):
         edit(package / "__init__.py", "3.0", "3.1")
         name, old, new, why = BREAKAGES[broken]
         edit(package / name, old, new)
@@ -241,6 +229,17 @@ def test_a_broken_version_that_is_installed_over_the_running_one_is_refused(
         assert probe.finish() == 0
 
 
-def restless(package: Path) -> None:
-    """Its keepers have no moment of calm in which they could load what they have not loaded yet."""
+@contextlib.contextmanager
+def of_copied_program(caller: Caller, readable: Readable) -> Iterator[tuple[Caller, Path, Probe]]:
+    """(its caller, its package, an environment in which something was read) of a program of its own, version 3.0.
+
+    Its keepers have no moment of calm in which they could load what they have not loaded yet.
+    """
+    place = caller.home.with_name(f"{caller.home.name}-program")
+    package = copied_program(place, "3.0")
     edit(package / "environment" / "keeper.py", "_LOOK_SECONDS = 1.0\n", "_LOOK_SECONDS = 3600.0\n")
+    own = of_program(caller, place)
+    own.use(readable.cache.url, key=readable.cache.key)
+    with own.environment_probe() as probe:
+        assert is_read(probe, readable)
+        yield own, package, probe

@@ -196,6 +196,15 @@ def test_a_trace_that_cannot_be_written_is_told_before_the_command_runs(
     assert (done.returncode, done.stdout) == (125, "")
 
 
+def test_a_named_environment_is_not_begun_for_a_trace_that_cannot_be_read(
+    as_root: Caller, store: SignedCache
+) -> None:
+    as_root.use(f"file://{store.directory}", key=store.key)
+    done = as_root.veneer("run", "--name", "dev", "--prefetch", "no.trace", "--", "true")
+    assert (done.returncode, "no.trace" in done.stderr) == (125, True)
+    assert as_root.document("ls", sources=False)["environments"] == []
+
+
 def test_the_owner_of_an_environment_has_the_trace_of_all(as_root: Caller, store: SignedCache) -> None:
     as_root.use(store.url, key=store.key)
     own, others = as_root.home / "own", as_root.home / "others"

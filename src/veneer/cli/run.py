@@ -89,13 +89,15 @@ def run(
     """
     settings = with_host_store(load_settings(flags), nix)
     words = shell_or(command)
+    # A named environment is not begun for a trace that cannot be read; else it is read while the daemon starts.
+    brought = None if ahead is None or name is None else read_trace(ahead)
     layer = None
     if name is not None:
         from veneer import environment
 
         claimed = environment.claim(settings.environments_dir, name)
         if isinstance(claimed, environment.Living):
-            return _join(output, settings, claimed, words, report, trace, ahead)
+            return _join(output, settings, claimed, words, report, trace, brought)
         layer = claimed
     session = os.urandom(8).hex()
     make_cache_dir(settings.cache_dir)
@@ -107,7 +109,7 @@ def run(
         # All of this while the daemon starts.
         companion: Companion = daemon
         if ahead is not None:
-            companion = prefetching(daemon, read_trace(ahead), words)
+            companion = prefetching(daemon, brought or read_trace(ahead), words)
         else:
             _announce(daemon.client, words)
         from veneer import environment
@@ -184,7 +186,7 @@ def _join(
     words: list[str],
     report: str | None,
     trace: str | None,
-    ahead: str | None,
+    brought: Trace | None,
 ) -> int:
     """The command in an environment that another one owns, whose figures these are."""
     if not has_sources_of(settings, living):
@@ -196,10 +198,9 @@ def _join(
             f"no trace: the environment {living.name} belongs to another command; its own has what all of them read"
         )
     with contextlib.ExitStack() as stack:
-        if ahead is not None:
+        if brought is not None:
             from veneer.cli.recording import request
 
-            brought = read_trace(ahead)
             client = connect(settings.cache_dir, settings.view(os.urandom(8).hex()))
             if client is not None:
                 stack.enter_context(client).tell("prefetch", request(brought, roots_in(words)))

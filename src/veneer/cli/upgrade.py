@@ -31,6 +31,7 @@ ATTEMPTS = 5
 DAEMON_SECONDS = 20.0
 """How long whoever needs a daemon may take to start the new one."""
 _PAUSE = 0.05
+"""Between two looks for a daemon that another process starts, up to a deadline."""
 _USER_VERSION = slice(60, 64)
 """Of an SQLite file: the version of the cache's schema."""
 

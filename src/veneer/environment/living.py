@@ -26,6 +26,7 @@ OWNER = "owner.json"
 OWN_NAMES = ("veneer-init", "veneer-keeper", "veneer-mount", "veneer-joined", "nix-daemon")
 """The keeper itself is outside; what it forks is called so until it has a name of its own."""
 _PAUSE = 0.01
+"""Between two looks, up to a deadline. No event tells that a flock is free (inotify's close comes before it), and an owner to join may appear first."""
 _PATIENCE = 30.0
 """How long an environment may be held by somebody who cannot be joined: one that is ending."""
 

@@ -21,6 +21,7 @@ Change = Literal["new", "changed", "removed"]
 
 _END_SECONDS = 10.0
 _PAUSE = 0.01
+"""Between two looks, up to a deadline. No event tells that a flock is free (inotify's close comes before it), and an environment that was starting may come up first."""
 _SHOWN = 10
 _ORIGINS = ("trusted.overlay.origin", "user.overlay.origin")
 """On what the overlay copied up from below."""

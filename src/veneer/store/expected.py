@@ -16,6 +16,8 @@ class Expected:
 
     def __init__(self) -> None:
         self._tasks: dict[_Key, asyncio.Task[bytes | None]] = {}
+        self._running: set[asyncio.Task[bytes | None]] = set()
+        """Also those that were taken or given up: ``close`` waits for them."""
 
     def ask(self, hash_part: str, suffix: str, asking: Coroutine[Any, Any, bytes | None]) -> None:
         """``asking`` is done in the background, unless that one is expected already."""
@@ -23,8 +25,11 @@ class Expected:
         if key in self._tasks:
             asking.close()
             return
-        self._tasks[key] = asyncio.create_task(asking, name=f"{suffix} of {hash_part}")
-        self._tasks[key].add_done_callback(tell_bugs)  # other failures are its taker's
+        task = asyncio.create_task(asking, name=f"{suffix} of {hash_part}")
+        task.add_done_callback(tell_bugs)  # other failures are its taker's
+        task.add_done_callback(self._running.discard)
+        self._tasks[key] = task
+        self._running.add(task)
 
     def take(self, hash_part: str, suffix: str) -> asyncio.Task[bytes | None] | None:
         """The caller awaits it, and it is cancelled with him. None: nobody asked."""
@@ -37,7 +42,7 @@ class Expected:
             self._tasks.pop(key).cancel()
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
+        tasks = list(self._running)
         self._tasks.clear()
         for task in tasks:
             task.cancel()

@@ -137,6 +137,7 @@ class Store:
         return row
 
     def want_closure(self, view: View, path: StorePath, account: Account) -> None:
+        """All that the path refers to is asked for next: ``RememberedSource.want_closure``."""
         self.resolver.want_closure(view, path, account)
 
     async def named(self, view: View, path: StorePath, account: Account) -> None:

@@ -18,6 +18,7 @@ from veneer.formats.trace import Trace, TracedFile, TracedPath
 from veneer.model.hashes import Hash
 from veneer.model.store_path import StorePath
 from veneer.store import prefetch
+from veneer.store.expected import Expected
 from veneer.store.prefetch import Prefetch
 from veneer.store.views import View
 
@@ -241,3 +242,29 @@ def test_what_fails_is_asked_again_or_told(tmp_path: Path, cache: PublishedCache
         await read(bench, view, row, "lib/libc.so.6")
 
     over_http(tmp_path, cache, body)
+
+
+def test_what_was_given_up_or_taken_has_ended_when_all_of_it_is_closed() -> None:
+    async def body() -> None:
+        expected, ended = Expected(), list[str]()
+        begun = asyncio.Event()
+
+        async def answer(name: str) -> bytes | None:
+            try:
+                begun.set()
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                ended.append(name)
+            return None
+
+        for name in ("given up", "taken", "left"):
+            expected.ask(name, ".ls", answer(name))
+        await begun.wait()
+        taken = expected.take("taken", ".ls")
+        expected.give_up(["given up"])
+        await expected.close()
+        assert sorted(ended) == ["given up", "left", "taken"]
+        assert taken is not None and taken.cancelled()
+
+    asyncio.run(body())
