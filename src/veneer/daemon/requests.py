@@ -80,6 +80,9 @@ class RequestServer:
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from HELLO to its end."""
+        if self._closing:  # it came with the last ones: nobody would end it
+            writer.close()
+            return
         who = credentials(writer.get_extra_info("socket"))
         try:
             user = self._admission.enter(who.uid)
@@ -121,7 +124,8 @@ class RequestServer:
     async def _converse(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, who: Credentials, user: User
     ) -> None:
-        hello = await asyncio.wait_for(_hello(reader), HELLO_SECONDS)
+        async with asyncio.timeout(HELLO_SECONDS):
+            hello = await _hello(reader)
 
         def send(frame: Frame) -> None:
             unsent = writer.transport.get_write_buffer_size()

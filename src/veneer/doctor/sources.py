@@ -174,7 +174,8 @@ async def _ask(subject: Subject, url: str, question: Question) -> object:
     try:
         source = open_source(parse_source_url(url), options)
         try:
-            return await asyncio.wait_for(question(source), SECONDS)
+            async with asyncio.timeout(SECONDS):
+                return await question(source)
         finally:
             await source.close()
     except (VeneerError, TimeoutError) as error:

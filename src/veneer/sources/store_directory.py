@@ -119,7 +119,8 @@ class StoreDirectory:
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         """On a thread; a file system that does not answer keeps the thread, but not whoever asked."""
         try:
-            return await asyncio.wait_for(self._workers.run(function, *args), self._options.stall_seconds)
+            async with asyncio.timeout(self._options.stall_seconds):
+                return await self._workers.run(function, *args)
         except TimeoutError:
             raise SourceError(
                 f"no answer for {self._options.stall_seconds:g} s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.caches import Clock, open_cache
 from tests.support.golden import KEY, PATHS, url
 from veneer.cache.cache import Cache
 from veneer.cache.directory import wait_until_free
 from veneer.daemon import run
+from veneer.daemon.compose import build_view
+from veneer.daemon.requests import RequestServer
+from veneer.daemon.sessions import Session, Sessions
+from veneer.formats import request_wire as wire
+from veneer.formats.request_wire import Frame, Kind
+from veneer.store.store import Limits, Notices, Store
+from veneer.store.views import ViewConfig
 
 
 def test_a_cache_that_is_opened_on_another_boot_is_not_read_again(tmp_path: Path) -> None:
@@ -87,5 +96,66 @@ def test_what_is_done_last_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> 
         idle.connections(0)
         await stopped.wait()
         idle.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+class Greeting:
+    """A connection whose client's HELLO arrives when the test says so."""
+
+    def __init__(self, server: RequestServer, path: Path) -> None:
+        self._server = server
+        self._path = path
+        self._accepted: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+
+    async def open(self) -> None:
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._accepted.put((reader, writer))
+
+        self._listener = await asyncio.start_unix_server(accept, self._path)
+        self.client, self._writer = await asyncio.open_unix_connection(self._path)
+        self._reader, there = await self._accepted.get()
+        self.served = asyncio.create_task(self._server.connected(self._reader, there))
+
+    def say_hello(self) -> None:
+        """It arrives within this step of the loop."""
+        body = json.dumps({"version": wire.VERSION, "view": None}).encode()
+        self._reader.feed_data(Frame(Kind.HELLO, 1, body).encode())
+
+    def close(self) -> None:
+        self._writer.close()
+        self._listener.close()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["with-its-hello", "unheard"])
+def test_a_client_that_comes_with_the_end_is_let_go(tmp_path: Path, late: bool) -> None:
+    """Else the daemon would wait for it, and it for a daemon on whose socket nobody else can connect any more."""
+
+    async def no_control(session: Session, request: dict[str, object], progress: object) -> dict[str, object]:
+        raise NotImplementedError
+
+    async def main() -> None:
+        clock = Clock()
+        with open_cache(tmp_path / "cache", clock) as cache:
+            sessions = Sessions(lambda config: build_view(config, cache, clock))
+            notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
+            store = Store(cache, clock, notices, Limits())
+            server = RequestServer(store, sessions, no_control, ViewConfig(), lambda _: None)
+            greeting = Greeting(server, tmp_path / "socket")
+            try:
+                if late:
+                    await server.close()
+                await greeting.open()
+                if not late:
+                    for _ in range(5):
+                        await asyncio.sleep(0)  # until it waits for the HELLO
+                greeting.say_hello()
+                await server.close()
+                await greeting.served
+                assert await greeting.client.read() == b""
+            finally:
+                greeting.close()
+                await store.close()
+                await sessions.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
