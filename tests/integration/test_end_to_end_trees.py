@@ -15,6 +15,7 @@ from tests.support.callers import Caller
 from tests.support.nginx import Nginx, Request, nar_requests
 from tests.support.probe import Row
 from tests.support.sample import SampleStore
+from veneer.store.heads import ENCODED
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.nix, pytest.mark.nginx]
 
@@ -43,8 +44,10 @@ def test_run_sees_the_trees_that_nix_copy_unpacks(
         assert probe.finish() == 0, probe.errors
     for path, expected in unpacked.items():
         assert differing(expected, found[path]) == [], path
-    repeated = [path for path, count in paths_asked(server.requests(), "").items() if count > 1]
-    assert repeated == []
+    heads = [request for request in server.requests() if (request.status, request.bytes) == (206, ENCODED)]
+    assert not (heads and listings)
+    others = [request for request in server.requests() if request not in heads]
+    assert [path for path, count in paths_asked(others, "").items() if count > 1] == []
 
 
 @pytest.mark.parametrize(("compression", "listings"), [("zstd", True), ("none", False)], ids=["zstd", "none"])
@@ -173,6 +176,22 @@ def test_only_what_is_touched_is_fetched(caller: Caller, nix_cache: SampleStore,
     server.stop()
     again = caller.veneer("run", "--", "cat", f"{everything}/{nix_cache.basename('note')}")
     assert again.stdout == "a note\n"
+
+
+def test_what_a_large_path_is_costs_the_head_of_its_nar_where_there_is_no_listing(
+    caller: Caller, nix_cache: SampleStore, nginx: Serve
+) -> None:
+    server = nginx(nix_cache.cache("none", listings=False))
+    caller.use(server.url, key=nix_cache.public)
+    big = nix_cache.paths["big"]
+    done = caller.veneer("run", "--", "stat", "--format=%F %a", big)
+    assert done.stdout == "directory 555\n", done.stderr
+    assert [(request.status, request.bytes) for request in nar_requests(server.requests())] == [
+        (206, ENCODED)
+    ]
+    server.stop()
+    again = caller.veneer("run", "--", "sh", "-c", f"cd {big} && pwd")
+    assert again.stdout == f"{big}\n", again.stderr
 
 
 # Two at a time.

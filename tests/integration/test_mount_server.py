@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.callers import eventually
 from tests.support.stub_daemon import Mounted, Spec, mounted, store_name
 from veneer.formats import request_wire
 from veneer.formats.request_wire import Kind
@@ -317,6 +319,42 @@ def test_quarantine_does_not_wait_behind_a_parked_lookup(mount: Mounted, pool: T
     assert not held.done()
     mount.daemon.release()
     assert held.result(20) is False
+
+
+def test_a_path_that_is_known_as_a_directory_is_asked_for_more_once_somebody_looks_into_it(
+    mount: Mounted,
+) -> None:
+    spec: Spec = {b"bin": {b"sh": b"#!sh"}, b"readme": b"x"}
+    names = [mount.daemon.add(name, spec) for name in ("listed", "entered", "opened", "known")]
+    mount.daemon.bare.update(names[:-1])
+    listed, entered, opened, known = (mount.root / name for name in names)
+    for path in (listed, entered, opened, known):
+        assert stat.S_ISDIR(path.stat().st_mode)
+        assert stat.S_ISDIR(path.stat().st_mode)
+    bare, full = os.lstat(listed), os.lstat(known)
+    same = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_mtime_ns", "st_blocks", "st_blksize")
+    assert [getattr(bare, name) for name in same] == [getattr(full, name) for name in same]
+    assert mount.daemon.count(Kind.TREE) == 0
+    assert mount.daemon.count(Kind.LOOKUP) == 4
+    assert sorted(child.name for child in listed.iterdir()) == ["bin", "readme"]
+    assert not (entered / "not-there").exists()
+    assert read(opened / "readme") == b"x"
+    assert mount.daemon.count(Kind.TREE) == 3
+    for path in (listed, entered, opened):
+        assert_same(os.fsencode(path), spec)
+    assert mount.daemon.count(Kind.TREE) == 3
+
+
+def test_a_bare_directory_that_is_condemned_is_asked_for_anew(mount: Mounted) -> None:
+    name = mount.daemon.add("liar", {b"x": b"y"})
+    mount.daemon.bare.add(name)
+    assert (mount.root / name).is_dir()
+    old = mount.daemon.numbers[name]
+    mount.daemon.bare.clear()
+    mount.daemon.add("liar", b"a file after all", number=old + 100)
+    mount.daemon.notify(Kind.QUARANTINED, request_wire.quarantined_body(old, name))
+    eventually(lambda: (mount.root / name).is_file())
+    assert read(mount.root / name) == b"a file after all"
 
 
 def test_dropped_nar_is_asked_for_again(mount: Mounted) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.formats.tree_index import TreeIndex, encode_tree
+from veneer.formats.tree_index import HEADER_SIZE, Kind, TreeIndex, bare_root, encode_tree, root_kind
 from veneer.model.errors import FormatError
 from veneer.model.tree import Directory, Node, RegularFile, Symlink
 
@@ -34,6 +34,15 @@ def test_encoding_and_reading_gives_the_tree_back(node: Node, number: int) -> No
     assert index.to_node() == node
     assert index.number == number
     assert encode(index.to_node(), number) == index.buffer
+
+
+@given(TREES, st.integers(1, (1 << 32) - 1))
+def test_what_is_told_of_a_root_alone_is_what_its_tree_tells(node: Node, number: int) -> None:
+    index = TreeIndex(encode(node, number))
+    kind = index.entry(0).kind
+    assert root_kind(index.buffer[: HEADER_SIZE + 32]) is kind
+    record = index.record(0)
+    assert (index.buffer[record : record + 128] == bare_root(number)) is (kind is Kind.DIRECTORY)
 
 
 @given(TREES)

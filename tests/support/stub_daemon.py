@@ -68,6 +68,8 @@ class StubDaemon:
         self.refuse: dict[str | int, tuple[int, str]] = {}
         self.held: set[str | int] = set()
         """Names whose LOOKUP, numbers whose TREE and CONTENT get no answer until ``release``."""
+        self.bare: set[str] = set()
+        """Names that LOOKUP tells as directories, without their tree."""
         self._waiting: list[tuple[socket.socket, Frame]] = []
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
@@ -224,6 +226,8 @@ class StubDaemon:
             number = self.numbers.get(key)
             if number is None:
                 return Kind.ABSENT, request_wire.absent_body(self.absent_ms)
+            if key in self.bare:
+                return Kind.DIRECTORY, request_wire.found_body(number, self.sizes[number])
             self.publish_tree(number)
             return Kind.FOUND, request_wire.found_body(number, self.sizes[number])
         if frame.kind is Kind.TREE:

@@ -6,7 +6,7 @@ I1  A path number, once given out, never means another store path or another tre
     and ``add_path`` and ``replace_path`` return after their commit. A new index starts at a random number, because
     mount servers may outlive the old one.
 I2  Rows about files, pins and quarantines are committed when the call returns. Remembered answers (narinfos, absent
-    listings, last use) wait for ``flush`` or for the next commit; losing them costs a question to a source.
+    listings, roots, last use) wait for ``flush`` or for the next commit; losing them costs a question to a source.
 I3  A row says that a file is there only after the file has its final name (``nars``, ``trees`` see to it).
 I4  The row of a file and its ``unsynced`` row are written in one transaction, and the latter goes only after fdatasync.
 
@@ -216,6 +216,7 @@ class Index:
             self._db.run("UPDATE paths SET quarantined = 1 WHERE number = ?", (number,))
             self._db.run("DELETE FROM chunk_maps WHERE number = ?", (number,))
             self._db.run("DELETE FROM chunk_places WHERE number = ?", (number,))
+            self._db.run("DELETE FROM directories WHERE number = ?", (number,))
             new = self._insert_path(old.store_path, old.nar_hash, old.nar_size, now)
         self._fault("index.path_replaced")
         return _new_row(new, old.store_path, old.nar_hash, old.nar_size, now)
@@ -238,6 +239,14 @@ class Index:
         t = self.totals()
         trees = (state is not TreeState.NONE) - (old.tree is not TreeState.NONE)
         self._files = replace(t, trees=t.trees + trees, tree_bytes=t.tree_bytes + size - old.tree_size)
+
+    def is_directory(self, number: int) -> bool:
+        """Whether ``put_directory`` was told this number."""
+        return self._db.one("SELECT 1 FROM directories WHERE number = ?", (number,)) is not None
+
+    def put_directory(self, number: int) -> None:
+        """Remembers that the path's root is a directory, where no more of its tree is known."""
+        self._db.remember("INSERT OR IGNORE INTO directories (number) VALUES (?)", (number,))
 
     def set_nar(
         self, number: int, state: NarState, size_on_disk: int = 0, present: bytes | None = None

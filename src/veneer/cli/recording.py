@@ -28,8 +28,8 @@ from veneer.model.store_path import StorePath
 TREE_SECONDS = 5.0
 """How long the daemon may take to have a tree again that was evicted."""
 
-OpenTree = Callable[[int, StorePath], TreeIndex | None]
-"""(path number, its name) -> its tree; None: it is not there any more."""
+OpenTree = Callable[[int, StorePath, bool], TreeIndex | None]
+"""(path number, its name, whether files of it were read) -> its tree; None: there is none."""
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def made_of(rows: Iterable[touches.Touched], open_tree: OpenTree) -> Trace:
             reads.setdefault(row.number, {}).setdefault(row.entry, []).append((row.offset, row.size))
     paths = []
     for number, name in names.items():
-        tree = open_tree(number, name)
+        tree = open_tree(number, name, number in reads)
         if tree is not None:
             files = _files(tree, reads.get(number, {}))
             paths.append(TracedPath(name, Hash("sha256", tree.nar_hash), tree.nar_size, tuple(files)))
@@ -176,14 +176,14 @@ class _Trees:
     gone: bool = field(default=False)
     """The daemon does not answer."""
 
-    def open(self, number: int, name: StorePath) -> TreeIndex | None:
+    def open(self, number: int, name: StorePath, was_read: bool) -> TreeIndex | None:
         try:
             return self._map(number)
         except FileNotFoundError:
             pass
         except (OSError, VeneerError):
             return None
-        if self.gone:
+        if self.gone or not was_read:  # of a directory that was never looked into there is none
             return None
         try:
             self.client().control("tree", {"path": name.basename}, seconds=TREE_SECONDS)

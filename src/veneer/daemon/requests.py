@@ -213,9 +213,11 @@ class RequestServer:
                 f"user {who.uid} may not choose sources for the daemon of user {os.geteuid()}",
                 hint="leave out --cache and keys to use the daemon's own, or use a cache directory of your own",
             )
-        return self._sessions.enter(
+        session = self._sessions.enter(
             config, may_control=owner, peer=f"pid {who.pid}, user {who.uid}", send=send
         )
+        session.takes_directories = data.get("directories") is True
+        return session
 
     async def _answer(self, session: Session, user: User, frame: Frame) -> None:
         """Answer one request; every failure becomes a FAILED with its story."""
@@ -270,11 +272,12 @@ class RequestServer:
             case Kind.LOOKUP:
                 path = StorePath.parse(frame.body.decode("ascii", "replace"))
                 try:
-                    row = await store.lookup(view, path, account)
+                    row = await store.lookup(view, path, account, root_only=session.takes_directories)
                 except AbsentError:
                     session.remember_absent(path)
                     raise
-                return Frame(Kind.FOUND, frame.id, wire.found_body(row.number, row.nar_size))
+                kind = Kind.DIRECTORY if store.is_bare(row) else Kind.FOUND
+                return Frame(kind, frame.id, wire.found_body(row.number, row.nar_size))
             case Kind.CONTENT:
                 number, offset, size = wire.content(frame.body)
                 ready = await store.content(view, _known_number(number), offset, size, account)

@@ -35,6 +35,8 @@ class Session:
     absent: OrderedDict[StorePath, None] = field(default_factory=OrderedDict)
     on_leave: list[Callable[[], None]] = field(default_factory=list)
     """Called once, when the connection is gone: what lived for this session ends."""
+    takes_directories: bool = False
+    """Whether it is enough for it that a store path is a directory."""
     open: int = 0
     """Requests that are being answered."""
 

@@ -11,7 +11,8 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 | kind | body | replies |
 |---|---|---|
 | HELLO | JSON: {"version": 1, "view": view, {"session": name} for the daemon's own, or null} | WELCOME or FAILED |
-| LOOKUP | store path base name | FOUND, ABSENT or FAILED |
+| | and "directories": true from who takes DIRECTORY | |
+| LOOKUP | store path base name | FOUND, DIRECTORY, ABSENT or FAILED |
 | TREE | u64 path number | READY (offsets 0, whole) or FAILED |
 | CONTENT | u64 path number, u64 offset, u64 size: bytes of the NAR | READY or FAILED |
 | | LOOKUP, TREE and CONTENT may have any number of PROGRESS before their reply: content is arriving | |
@@ -23,6 +24,7 @@ daemon carry id 0. The first frame is HELLO, and nothing else is read before it 
 |---|---|
 | WELCOME | JSON: {"version": 1, "generation": 32 hex digits} |
 | FOUND | u64 path number, u64 NAR size: its tree index is published |
+| DIRECTORY | u64 path number, u64 NAR size: it is a directory, and no more is known; TREE gets its tree index published |
 | ABSENT | u32 milliseconds for which no source has to be asked again |
 | FAILED | u16 errno, u16 exit code, UTF-8 story (what, where, and perhaps a line "hint: …"); with id 0: the connection ends, for this reason |
 | READY | u64 path number, u64 start, u64 end, u8 whole, u64 inode: bytes [start, end) of the NAR may be read: |
@@ -76,6 +78,7 @@ class Kind(enum.IntEnum):
     READY = 132
     PROGRESS = 133
     RESULT = 134
+    DIRECTORY = 135
     PRESENT = 140
     DROPPED = 141
     QUARANTINED = 142
@@ -87,6 +90,7 @@ _FIXED = {
     Kind.CONTENT: _CONTENT.size,
     Kind.CANCEL: _U64.size,
     Kind.FOUND: _FOUND.size,
+    Kind.DIRECTORY: _FOUND.size,
     Kind.ABSENT: _U32.size,
     Kind.READY: _READY.size,
     Kind.DROPPED: _U64.size,
@@ -169,7 +173,7 @@ def found_body(number: int, nar_size: int) -> bytes:
 
 
 def found(body: bytes) -> tuple[int, int]:
-    """(path number, NAR size) of FOUND."""
+    """(path number, NAR size) of FOUND and DIRECTORY."""
     return _FOUND.unpack(body)
 
 

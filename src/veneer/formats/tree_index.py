@@ -125,6 +125,21 @@ def node_id(number: int, entry: int) -> int:
     return number << 24 | entry
 
 
+def bare_root(number: int) -> bytes:
+    """fuse_entry_out of a store path that is a directory: what ``encode_tree`` writes for it, whatever it contains."""
+    node, valid = node_id(number, 0), VALID_SECONDS
+    return _RECORD.pack(
+        node, 0, valid, valid, 0, 0, node, 0, 0, 1, 1, 1, 0, 0, 0, _MODES[Kind.DIRECTORY], 1, 0, 0, 0, 4096, 0, 0, 0, 0, 0
+    )[:128]  # fmt: skip
+
+
+def root_kind(beginning: bytes | bytearray) -> Kind:
+    """The root's, from the file's first bytes (HEADER_SIZE and a row). FormatError."""
+    if len(beginning) < HEADER_SIZE + ROW.size or beginning[HEADER_SIZE + 7] not in _KINDS:
+        raise FormatError("no root", where=_WHERE)
+    return _KINDS[beginning[HEADER_SIZE + 7]]
+
+
 def split_node_id(node: int) -> tuple[int, int]:
     """(path number, entry)."""
     return node >> 24, node & 0xFFFFFF

@@ -24,6 +24,7 @@ from veneer.formats.tree_index import (
     ROOT_NODE,
     VALID_SECONDS,
     TreeIndex,
+    bare_root,
 )
 from veneer.model.errors import CacheError, FormatError, SourceError
 from veneer.model.store_path import StorePath
@@ -225,9 +226,11 @@ class Worker:
         number = trees.numbers.get(name)
         if number is not None:
             index = trees.get(number)
-            if index is None:
+            if index is None and number not in trees.directories:
                 return self._park_tree(unique, number, request, length)
             self._shared.tally.touched(number, name)
+            if index is None:
+                return wire.reply(unique, bare_root(number))
             record = index.record(0)
             return wire.reply(unique, bytes(index.buffer[record : record + wire.ENTRY_OUT.size]))
         if not _is_store_path(name):
@@ -249,9 +252,11 @@ class Worker:
             return _out_header(120, 0, unique) + _ATTR_VALID + _ROOT_ATTR
         number = node >> 24
         index = self._mapped.young.get(number) or self._trees.get(number)
-        if index is None:
-            return self._park_tree(unique, number, request, length)
         entry = node & 0xFFFFFF
+        if index is None:
+            if entry == 0 and number in self._trees.directories:
+                return _out_header(120, 0, unique) + _ATTR_VALID + bare_root(number)[ATTR_AT:]
+            return self._park_tree(unique, number, request, length)
         if entry >= index.count:
             raise FormatError(f"entry {entry} of {index.count}", where="tree index")
         at = (_record(index.buffer, HEADER_SIZE + 32 * entry)[0] << 3) + ATTR_AT

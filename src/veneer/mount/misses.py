@@ -213,7 +213,9 @@ class Misses:
         import json  # after the first requests can be answered, rather than before
 
         greeted = time.monotonic()
-        hello = json.dumps({"version": request_wire.VERSION, "view": self._view}).encode()
+        hello = json.dumps(
+            {"version": request_wire.VERSION, "view": self._view, "directories": True}
+        ).encode()
         with self._lock:
             self._outbox[:] = Frame(Kind.HELLO, self._take_id(), hello).encode()
         splitter = Splitter()
@@ -286,7 +288,7 @@ class Misses:
             self._heard(frame.id)
         elif frame.kind is Kind.FAILED and not self._welcome:
             self._refused(*request_wire.failed(frame.body))
-        elif frame.kind in (Kind.FOUND, Kind.ABSENT, Kind.FAILED, Kind.READY):
+        elif frame.kind in (Kind.FOUND, Kind.DIRECTORY, Kind.ABSENT, Kind.FAILED, Kind.READY):
             self._replied(frame)
         else:
             raise FormatError(f"unexpected {frame.kind.name}", where="request protocol")
@@ -353,11 +355,13 @@ class Misses:
             if not 0 < code < 4096 or (code == errno.ENOENT and kind is not Kind.LOOKUP):
                 code = errno.EIO
             return code, story
-        if frame.kind is Kind.FOUND and isinstance(key, bytes):
+        if frame.kind in (Kind.FOUND, Kind.DIRECTORY) and isinstance(key, bytes):
             number, _ = request_wire.found(frame.body)
             if not 0 < number < 1 << 32:
                 raise FormatError(f"path number {number}", where="request protocol")
             self._trees.numbers.put(key, number)
+            if frame.kind is Kind.DIRECTORY:
+                self._trees.directories.put(number, True)
         elif frame.kind is Kind.ABSENT and isinstance(key, bytes):
             seconds = request_wire.absent(frame.body) / 1000
             self._trees.absent.put(key, seconds)

@@ -33,6 +33,9 @@ class Recent(Generic[K, V]):
                 self.put(key, value)
         return value
 
+    def __contains__(self, key: K) -> bool:
+        return self.get(key) is not None
+
     def put(self, key: K, value: V) -> None:
         with self._lock:
             if len(self.young) >= self._limit and key not in self.young:

@@ -47,6 +47,8 @@ class Trees:
         self._read_first = read_first
         self.mapped: Recent[int, TreeIndex] = Recent(max_mapped)
         self.numbers: Recent[bytes, int] = Recent(MAX_NAMES)
+        self.directories: Recent[int, bool] = Recent(MAX_NAMES)
+        """Numbers that were told as directories, perhaps without an index."""
         self.absent = Absent()
         self.generation: bytes | None = None
         """Of the cache, once the daemon told; indexes of another one are refused."""
@@ -107,6 +109,7 @@ class Trees:
         index = self.mapped.get(number)
         self.mapped.drop(number)
         self.numbers.drop(name)
+        self.directories.drop(number)
         return index if index is not None else self._map(number)
 
     def change_generation(self, generation: bytes) -> list[bytes]:
@@ -116,6 +119,7 @@ class Trees:
             return []
         names = self.numbers.keys()
         self.numbers.clear()
+        self.directories.clear()
         self.mapped.clear()
         return names
 

@@ -1,6 +1,6 @@
 """The store as the daemon sees it: names become path numbers with published trees, path numbers become readable bytes.
 
-Invariants: S1: a path number is given out only after its tree file was renamed into place. S2: a listing only ever gives
+Invariants: S1: a path number is given out only after its tree file was renamed into place, or as that of a directory to who asked for no more. S2: a listing, or the head of a NAR, only ever gives
 metadata, which the NAR confirms when it arrives (``trees``), or else the number is condemned and the path lives on under
 a new one. S3: nothing is served in a view whose policy refuses the path info.
 """
@@ -126,15 +126,24 @@ class Store:
         await self.parts.close()
         await self.fetcher.close()
 
-    async def lookup(self, view: View, path: StorePath, account: Account) -> PathRow:
-        """The path's row, its tree published (S1). AbsentError when every source answered no."""
+    async def lookup(
+        self, view: View, path: StorePath, account: Account, *, root_only: bool = False
+    ) -> PathRow:
+        """The path's row, its tree published (S1). AbsentError when every source answered no.
+
+        ``root_only``: that it is a directory is enough; ``is_bare`` tells.
+        """
         info = await self.resolver.path_info(view, path, account)
         self._notices.present(path)
-        row = await self._published(view, info, account)
+        row = await self._published(view, info, account, root_only=root_only)
         account.know(path, info.info.nar_size)
         if self._limits.prefetch:
             self._ahead.looked_up(view, info, account)
         return row
+
+    def is_bare(self, row: PathRow) -> bool:
+        """Whether no more is known of the path than that it is a directory."""
+        return row.tree is TreeState.NONE and self.cache.index.is_directory(row.number)
 
     def want_closure(self, view: View, path: StorePath, account: Account) -> None:
         """All that the path refers to is asked for next: ``RememberedSource.want_closure``."""
@@ -364,10 +373,15 @@ class Store:
                 if download.owner == view.identity:
                     raise
 
-    async def _published(self, view: View, info: PathInfo, account: Account) -> PathRow:
+    async def _published(
+        self, view: View, info: PathInfo, account: Account, *, root_only: bool = False
+    ) -> PathRow:
         """The row of ``info`` with a published tree: from a listing if there is one, from the NAR otherwise."""
         row = self._row_of(info)
         if await self._trees.without_nar(view, row, account):
+            return self._row(row.number)
+        nothing_here = row.nar == NarState.NONE and row.number not in self.fetcher.busy
+        if root_only and nothing_here and await self._trees.of_head(view, row, account):
             return self._row(row.number)
         return await self._with_nar(view, row, account)
 

@@ -1,15 +1,18 @@
 """Publishes trees: from a listing while only metadata is wanted, from the NAR once that is here.
 
 S2 is kept here: a listing only ever gives metadata; the tree made from the verified NAR must be byte for byte the
-published one, otherwise the number is condemned and no listing of the path is believed any more.
+published one, otherwise the number is condemned and no listing of the path is believed any more. It is the same with the
+head of a NAR, which tells what the root is where nobody has a listing: the whole tree of a file or a link, of a
+directory no more than that it is one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
+from itertools import chain
 from typing import IO
 
 from veneer.cache.cache import Cache
@@ -17,13 +20,14 @@ from veneer.cache.directory import cache_error
 from veneer.cache.index import PathRow, TreeState
 from veneer.formats.listing import parse_listing
 from veneer.formats.nar import tree_of_nar
-from veneer.formats.tree_index import encode_tree
+from veneer.formats.tree_index import Kind, encode_tree, root_kind
 from veneer.model.errors import FormatError, HashMismatchError, SourceError, VeneerError
-from veneer.model.tree import Node
+from veneer.model.tree import Directory, Node
 
 from .account import Account, Stories
 from .big_listings import BIG, BigListings
-from .resolve import Resolver
+from .heads import root_of_head
+from .resolve import Candidate, Resolver
 from .verify import PIECE
 from .views import View
 
@@ -60,7 +64,8 @@ class PublishedTrees:
         self._condemn = condemn
         self._dropped = dropped
         self._big = BigListings(cache.generation)
-        self._open: dict[int, asyncio.Task[bool]] = {}
+        self._open: dict[tuple[int, str], asyncio.Task[bool]] = {}
+        """By path number and what is tried."""
 
     async def close(self) -> None:
         """End everything under way."""
@@ -71,30 +76,34 @@ class PublishedTrees:
 
     async def without_nar(self, view: View, row: PathRow, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
-        if self._has(row):
+        return self._has(row) or await self._shared(row, "listing", self._publish, view, account)
+
+    async def of_head(self, view: View, row: PathRow, account: Account) -> bool:
+        """Whether it is known what the path's root is, after asking for its NAR's head: a published tree, or a directory."""
+        if self._has(row) or self._cache.index.is_directory(row.number):
             return True
-        task = self._open.get(row.number)
-        if task is None:
-            task = asyncio.create_task(self._publish(view, row, account), name=f"tree {row.store_path}")
-            self._open[row.number] = task
-            task.add_done_callback(lambda done: self._closed(row.number, done))
-        return await asyncio.shield(task)
+        return await self._shared(row, "head", self._publish_of_head, view, account)
 
     def admit(self, row: PathRow, node: Node, encoded: bytearray) -> PathRow:
         """Publish the tree of a NAR that was verified just now, and compare it with the published one (S2).
 
         The row that the path has now: another one when they differ.
         """
-        if not self._has(row):
-            self._cache.trees.publish(row.number, [encoded], TreeState.CHECKED)
-        elif self._cache.trees.path(row.number).read_bytes() == encoded:
-            self._cache.index.set_tree(row.number, TreeState.CHECKED)
+        trees, index = self._cache.trees, self._cache.index
+        if self._has(row):
+            told, agrees = "listing", trees.path(row.number).read_bytes() == encoded
         else:
-            error = HashMismatchError(f"the listing of {row.store_path} differs from its verified NAR")
+            told, agrees = "head", isinstance(node, Directory) or not index.is_directory(row.number)
+        if agrees and told == "listing":
+            index.set_tree(row.number, TreeState.CHECKED)
+        elif agrees:
+            trees.publish(row.number, [encoded], TreeState.CHECKED)
+        else:
+            error = HashMismatchError(f"the {told} of {row.store_path} differs from its verified NAR")
             now = self._clock()
-            self._cache.index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
+            index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
             row = self._condemn(row, error)
-            self._cache.trees.publish(row.number, [self.encode(row, node)], TreeState.CHECKED)
+            trees.publish(row.number, [self.encode(row, node)], TreeState.CHECKED)
         return row
 
     def encode(self, row: PathRow, node: Node) -> bytearray:
@@ -112,15 +121,31 @@ class PublishedTrees:
     def _has(self, row: PathRow) -> bool:
         return row.tree != TreeState.NONE and self._cache.trees.has(row.number)
 
+    async def _shared(
+        self,
+        row: PathRow,
+        what: str,
+        work: Callable[[View, PathRow, Account], Coroutine[None, None, bool]],
+        view: View,
+        account: Account,
+    ) -> bool:
+        key = (row.number, what)
+        task = self._open.get(key)
+        if task is None:
+            task = asyncio.create_task(work(view, row, account), name=f"tree {row.store_path} of {what}")
+            self._open[key] = task
+            task.add_done_callback(lambda done: self._closed(key, done))
+        return await asyncio.shield(task)
+
     async def _publish(self, view: View, row: PathRow, account: Account) -> bool:
         """Where the NAR is here, nothing else says what its tree is (S2)."""
         if self._is_whole(row) and await self._publish_of_nar(row):
             return True
         hash_part = row.store_path.hash_part
-        async with aclosing(self._resolver.candidates(view, row.store_path, account)) as candidates:
+        async with aclosing(self._believed(view, row, account)) as candidates:
             async for candidate in candidates:
                 source = candidate.source
-                if candidate.info.info.nar_hash != row.nar_hash or self._has_no_listing(source.url, row):
+                if self._cache.index.listing_absent(source.url, hash_part) is not None:
                     continue
                 try:
                     data = await source.listing(hash_part, account.meter(row.store_path))
@@ -133,6 +158,24 @@ class PublishedTrees:
                     self._stories.add(str(row.store_path), error)
                 except FormatError as error:
                     self._stories.add(str(row.store_path), _of_source(source.url, error))
+        return False
+
+    async def _publish_of_head(self, view: View, row: PathRow, account: Account) -> bool:
+        async with aclosing(self._believed(view, row, account)) as candidates:
+            async for candidate in candidates:
+                source = candidate.source
+                try:
+                    root = await root_of_head(source, candidate.info.info, account.meter(row.store_path))
+                    if isinstance(root, Directory) and not self._has(self._row(row.number)):
+                        self._cache.index.put_directory(self._row(row.number).number)
+                    elif root is not None and not isinstance(root, Directory):
+                        self._publish_listed(row, [self.encode(row, root)])
+                except SourceError as error:
+                    self._stories.add(str(row.store_path), error)
+                except FormatError as error:
+                    self._stories.add(str(row.store_path), _of_source(source.url, error))
+                else:
+                    return root is not None
         return False
 
     async def _publish_of_nar(self, row: PathRow) -> bool:
@@ -173,20 +216,29 @@ class PublishedTrees:
             raise cache_error(error, place, "write to") from error
 
     def _publish_listed(self, row: PathRow, encoded: Iterable[bytes | bytearray]) -> None:
-        if not self._has(self._row(row.number)):  # else the NAR was faster
-            self._cache.trees.publish(row.number, encoded, TreeState.LISTED)
+        """FormatError: its root is not what was shown."""
+        if self._has(self._row(row.number)):
+            return  # the NAR was faster
+        pieces = iter(encoded)
+        first = next(pieces, b"")
+        if root_kind(first) is not Kind.DIRECTORY and self._cache.index.is_directory(row.number):
+            raise FormatError("the root is not a directory, as the head of its NAR said", where="listing")
+        self._cache.trees.publish(row.number, chain([first], pieces), TreeState.LISTED)
 
-    def _has_no_listing(self, url: str, row: PathRow) -> bool:
-        """Whether the source has no usable listing of this path: it said so, or it lied about it before."""
-        if self._cache.index.listing_absent(url, row.store_path.hash_part) is not None:
-            return True
+    async def _believed(self, view: View, row: PathRow, account: Account) -> AsyncGenerator[Candidate, None]:
+        """Who may be asked for what the path looks like: nobody after somebody lied about it."""
         reason = self._cache.index.quarantined(row.store_path, row.nar_hash, LISTINGS, self._clock())
-        return reason is not None
+        if reason is not None:
+            return
+        async with aclosing(self._resolver.candidates(view, row.store_path, account)) as candidates:
+            async for candidate in candidates:
+                if candidate.info.info.nar_hash == row.nar_hash:
+                    yield candidate
 
-    def _closed(self, number: int, task: asyncio.Task[bool]) -> None:
-        del self._open[number]
+    def _closed(self, key: tuple[int, str], task: asyncio.Task[bool]) -> None:
+        del self._open[key]
         if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
-            self._stories.add(f"tree {number:x}", error)
+            self._stories.add(f"tree {key[0]:x}", error)
 
 
 def _of_source(url: str, error: FormatError) -> FormatError:

@@ -45,7 +45,7 @@ def test_reads_get_names_and_end_with_their_file() -> None:
         Touched(9, None, 0, 0, 4096),
     ]
     trees = {7: GIT_TREE, 9: tree(9, RegularFile(20, executable=False, offset=96))}
-    git, note = made_of(rows, lambda number, _: trees[number])
+    git, note = made_of(rows, lambda number, *_: trees[number])
     assert (git.path, git.files) == (GIT, (TracedFile(b"bin/git", 5000, ((4096, 904),)),))
     assert (note.path, note.files) == (NOTE, (TracedFile(b"", 20, ((0, 20),)),))
 

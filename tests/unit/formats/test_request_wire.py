@@ -62,6 +62,8 @@ def test_unknown_kinds_and_wrong_sizes_are_refused() -> None:
         Splitter().feed(wire.HEADER.pack(0, 99, 1))
     with pytest.raises(FormatError):
         Splitter().feed(wire.HEADER.pack(7, Kind.CONTENT, 1))
+    with pytest.raises(FormatError):
+        Splitter().feed(wire.HEADER.pack(8, Kind.DIRECTORY, 1))
 
 
 @given(st.binary(max_size=200))
