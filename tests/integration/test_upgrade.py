@@ -30,6 +30,7 @@ BREAKAGES = {
     "import": ("mount/server.py", "from __future__ import annotations\n", "from __future__ import annotations\nimport there_is_no_such_module\n"),
     "start": ("mount/server.py", "        self._fd = fuse_fd\n", "        raise RuntimeError('it was broken on purpose')\n"),
     "answers": ("mount/server.py", "        Worker(self._shared).serve(self._fd, self._ended.is_set)\n", "        self._ended.wait()\n"),
+    "reads": ("mount/server.py", "        Worker(self._shared).serve(self._fd, self._ended.is_set)\n", "        while os.read(self._fd, 1 << 21):\n            pass\n"),
     "format": ("mount/succession.py", '"session": 1,', '"session": 2,'),
 }  # fmt: skip
 
@@ -162,6 +163,7 @@ def test_a_version_that_cannot_serve_leaves_the_old_one_running(
             "import": "there_is_no_such_module",
             "start": "did not answer the kernel",
             "answers": "did not answer the kernel",
+            "reads": "did not answer the kernel",
             "format": "the running one has version 1 of the session format, this program 2",
         }
         assert said[broken] in row["why"]

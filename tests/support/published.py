@@ -13,7 +13,7 @@ from veneer.model.hashes import Hash
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import RegularFile
-from veneer.publish.contents import Content
+from veneer.publish.contents import Content, in_pieces
 from veneer.publish.encode import Encoder
 from veneer.publish.plan import make_plan
 from veneer.publish.target import open_target
@@ -66,4 +66,4 @@ def _file(number: int) -> RegularFile:
 @contextmanager
 def _contents(info: UnverifiedPathInfo) -> Iterator[Content]:
     number = int(info.store_path.hash_part)
-    yield _file(number), nar_of(_file(number), lambda _: [closure_text(number)])
+    yield _file(number), in_pieces(nar_of(_file(number), lambda _: [closure_text(number)]))

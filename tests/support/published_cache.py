@@ -13,7 +13,7 @@ from veneer.formats.narinfo import parse_narinfo
 from veneer.formats.signature import SecretKey
 from veneer.model.hashes import Hash
 from veneer.model.path_info import UnverifiedPathInfo
-from veneer.publish.contents import Content
+from veneer.publish.contents import Content, in_pieces
 from veneer.publish.encode import LARGEST, Encoder
 from veneer.publish.plan import make_plan
 from veneer.publish.target import open_target
@@ -45,7 +45,7 @@ class PublishedCache:
         @contextmanager
         def contents(info: UnverifiedPathInfo) -> Iterator[Content]:
             made = by_path[info.store_path]
-            yield made.tree, [made.nar]
+            yield made.tree, in_pieces([made.nar])
 
         infos = [
             UnverifiedPathInfo(

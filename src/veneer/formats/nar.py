@@ -165,6 +165,12 @@ class NarParser:
         self._base += position
         return events
 
+    def skip(self) -> int:
+        """Passes over the rest of the current file's content as if it had been fed; its bytes. For files that can be read anywhere."""
+        size, self._left = self._left, 0
+        self._base += size
+        return size
+
     def finish(self) -> int:
         """The NAR's size, when it is whole. FormatError otherwise."""
         if self._state != self._done:

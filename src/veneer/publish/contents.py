@@ -6,39 +6,92 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
-from veneer.formats.nar import nar_of, tree_of_nar, with_offsets
+from veneer.formats.nar import NarParser, TreeBuilder, nar_of, with_offsets
 from veneer.model.errors import FormatError
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.tree import Directory, Node, RegularFile, Symlink
 
-Content = tuple[Node, Iterable[bytes]]
-"""(tree with canonical offsets, its NAR in pieces, to be read once)."""
+Nar = Callable[[Iterable[int]], Iterable[bytes]]
+"""A NAR, to be read once: its bytes, cut where they are told, at ascending offsets of which the last is its size."""
+Content = tuple[Node, Nar]
+"""(tree with canonical offsets, its NAR)."""
 Contents = Callable[[UnverifiedPathInfo], AbstractContextManager[Content]]
 """Opens the content of a path; called from several threads. VeneerError, OSError."""
 
 _PIECE = 1 << 20
+_HEADERS = 128 << 10
+"""Bytes of a NAR that are read at once for what lies between its files' contents."""
 
 
 @contextmanager
 def nar_file(descriptor: int) -> Iterator[Content]:
     """A whole NAR file, open for reading; closed in the end. FormatError when it is not a NAR."""
     with open(descriptor, "rb", buffering=0) as file:
-        yield tree_of_nar(_pieces(file.fileno())), _pieces(file.fileno())
+        yield _tree(file.fileno()), partial(_cut_file, file.fileno())
 
 
 def directory_tree(path: Path) -> Content:
     """Files as they lie on disk: what Nix would archive. FormatError for what a NAR cannot hold, OSError."""
     bare, files = _scan(path)
     tree = with_offsets(bare)
-    where = dict(zip((file.offset for file in _files(tree)), files, strict=True))
+    where = dict(zip((file.offset for file in files_of(tree)), files, strict=True))
 
     def read(file: RegularFile) -> Iterator[bytes]:
         with open(where[file.offset], "rb", buffering=0) as opened:
             yield from _pieces(opened.fileno())
 
-    return tree, nar_of(tree, read)
+    return tree, in_pieces(nar_of(tree, read))
+
+
+def in_pieces(pieces: Iterable[bytes]) -> Nar:
+    """A NAR out of pieces of any size."""
+    return partial(_cut_pieces, pieces)
+
+
+def _cut_pieces(pieces: Iterable[bytes], ends: Iterable[int]) -> Iterator[bytes]:
+    """The bytes of ``pieces``, cut at ``ends``. More of them than the last end are an error: FormatError."""
+    following = iter(ends)
+    end = next(following, None)
+    held: list[bytes] = []
+    position = 0
+    for piece in pieces:
+        at = 0
+        while end is not None and position + len(piece) - at >= end:
+            taken = end - position
+            held.append(piece[at : at + taken])
+            at += taken
+            position = end
+            yield held[0] if len(held) == 1 else b"".join(held)
+            held.clear()
+            end = next(following, None)
+        if at < len(piece):
+            if end is None:
+                raise FormatError(f"a NAR of more than the {position} bytes of its tree", where="NAR")
+            held.append(piece[at:] if at else piece)
+            position += len(piece) - at
+    if held:
+        yield b"".join(held)
+
+
+def _tree(descriptor: int) -> Node:
+    """Of a NAR file; what its files contain is passed over."""
+    parser, builder, offset = NarParser(), TreeBuilder(), 0
+    while piece := os.pread(descriptor, _HEADERS, offset):
+        builder.add(parser.feed(piece))
+        offset += len(piece) + parser.skip()
+    parser.finish()
+    return builder.tree()
+
+
+def _cut_file(descriptor: int, ends: Iterable[int]) -> Iterator[bytes]:
+    """Fewer bytes where the file ends before."""
+    start = 0
+    for end in ends:
+        yield os.pread(descriptor, end - start, start)
+        start = end
 
 
 def _scan(top: Path) -> tuple[Node, list[bytes]]:
@@ -76,7 +129,8 @@ def _names(directory: bytes) -> list[bytes]:
         return [entry.name for entry in entries]
 
 
-def _files(tree: Node) -> Iterator[RegularFile]:
+def files_of(tree: Node) -> Iterator[RegularFile]:
+    """In the order of the tree's NAR."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()

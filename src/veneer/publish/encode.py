@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -22,11 +22,13 @@ from typing import BinaryIO
 import zstandard
 
 from veneer.formats.chunk_map import MAX_CHUNK, Chunk, place_chunks
-from veneer.formats.nar import File, Layout, events_of, nar_size
+from veneer.formats.nar import nar_size
 from veneer.formats.seekable_zstd import write_seek_table
-from veneer.model.errors import FormatError, UsageError
+from veneer.model.errors import UsageError
 from veneer.model.hashes import Hash
 from veneer.model.tree import Node
+
+from .contents import Nar, files_of
 
 DEFAULT_FRAME_SIZE = 256 << 10
 LARGEST = 4
@@ -69,8 +71,8 @@ class Encoder:
         self._pool = ThreadPoolExecutor(jobs, "encode")
         self._own = threading.local()
 
-    def encode(self, tree: Node, nar: Iterable[bytes], out: BinaryIO) -> Encoded:
-        """Write the NAR in ``nar`` (pieces of any size), which is that of ``tree``, into ``out``.
+    def encode(self, tree: Node, nar: Nar, out: BinaryIO) -> Encoded:
+        """Write ``nar``, which is that of ``tree``, into ``out``.
 
         Whether it is the NAR that was meant is for the caller to see, by its hash and size.
         """
@@ -91,7 +93,7 @@ class Encoder:
             rows.append((len(frame), length, digest))
 
         try:
-            for part in _parts(nar, cut(tree, self._frame_size)):
+            for part in nar(cut(tree, self._frame_size)):
                 plain.update(part)
                 size += len(part)
                 pending.append(self._pool.submit(self._compress, part))
@@ -129,32 +131,31 @@ class Encoder:
 
 
 def cut(tree: Node, frame_size: int) -> Iterator[int]:
-    """Where each frame of the tree's NAR ends, ascending; the last is the NAR's size."""
-    layout = Layout()
-    start = 0
-    if nar_size(tree) <= LARGEST * frame_size:
-        yield nar_size(tree)
+    """Where each frame of the NAR of a tree with canonical offsets ends, ascending; the last is the NAR's size."""
+    size = nar_size(tree)
+    if size <= LARGEST * frame_size:
+        yield size
         return
-    for event in events_of(tree, layout):
-        if isinstance(event, File):
-            offset, end = event.offset, event.offset + event.size
-            while start + frame_size < offset:
-                start += frame_size
-                yield start
-            if start < offset and (event.size >= frame_size or end > start + frame_size):
-                start = offset
-                yield start
-            step = frame_size * min(LARGEST, max(1, event.size // 2 // frame_size))
-            while start + step < end:
-                start += step
-                yield start
-            if start + frame_size < end:
-                start = end
-                yield start
-    while start + frame_size < layout.position:
+    start = 0
+    for file in files_of(tree):
+        offset, end = file.offset, file.offset + file.size
+        while start + frame_size < offset:
+            start += frame_size
+            yield start
+        if start < offset and (file.size >= frame_size or end > start + frame_size):
+            start = offset
+            yield start
+        step = frame_size * min(LARGEST, max(1, file.size // 2 // frame_size))
+        while start + step < end:
+            start += step
+            yield start
+        if start + frame_size < end:
+            start = end
+            yield start
+    while start + frame_size < size:
         start += frame_size
         yield start
-    yield layout.position
+    yield size
 
 
 def _parameters(level: int, longest: int) -> zstandard.ZstdCompressionParameters:
@@ -173,28 +174,3 @@ def _parameters(level: int, longest: int) -> zstandard.ZstdCompressionParameters
         hash_log=max(18, given.hash_log),
         chain_log=max(17, given.chain_log),
     )
-
-
-def _parts(pieces: Iterable[bytes], ends: Iterable[int]) -> Iterator[bytes]:
-    """The bytes of ``pieces``, cut at ``ends``. More of them than the last end are an error: FormatError."""
-    following = iter(ends)
-    end = next(following, None)
-    held: list[bytes] = []
-    position = 0
-    for piece in pieces:
-        at = 0
-        while end is not None and position + len(piece) - at >= end:
-            taken = end - position
-            held.append(piece[at : at + taken])
-            at += taken
-            position = end
-            yield held[0] if len(held) == 1 else b"".join(held)
-            held.clear()
-            end = next(following, None)
-        if at < len(piece):
-            if end is None:
-                raise FormatError(f"a NAR of more than the {position} bytes of its tree", where="NAR")
-            held.append(piece[at:] if at else piece)
-            position += len(piece) - at
-    if held:
-        yield b"".join(held)

@@ -17,6 +17,7 @@ from veneer.formats.nar import nar_of, nar_size, with_offsets
 from veneer.formats.seekable_zstd import FOOTER_SIZE, parse_seek_table, table_size
 from veneer.model.errors import FormatError, UsageError
 from veneer.model.tree import Directory, Node, RegularFile, Symlink
+from veneer.publish.contents import in_pieces
 from veneer.publish.encode import LARGEST, MIN_FRAME_SIZE, Encoded, Encoder, cut
 
 FRAME = MIN_FRAME_SIZE
@@ -34,7 +35,7 @@ def nar(node: Node) -> bytes:
 def encode(node: Node, data: bytes, piece: int = 1 << 20, jobs: int = 2) -> tuple[Encoded, bytes]:
     out = io.BytesIO()
     with Encoder(frame_size=FRAME, jobs=jobs) as encoder:
-        done = encoder.encode(node, (data[i : i + piece] for i in range(0, len(data), piece)), out)
+        done = encoder.encode(node, in_pieces(data[i : i + piece] for i in range(0, len(data), piece)), out)
     return done, out.getvalue()
 
 
@@ -95,7 +96,7 @@ def test_a_higher_level_is_another_one_and_no_larger(level: int) -> None:
     def size(at: int) -> int:
         node = with_offsets(RegularFile(len(data), False, 0))
         with Encoder(level=at) as encoder:
-            return encoder.encode(node, nar_of(node, lambda _: [data]), io.BytesIO()).file_size
+            return encoder.encode(node, in_pieces(nar_of(node, lambda _: [data])), io.BytesIO()).file_size
 
     assert size(level + 1) < size(level)
 
@@ -156,7 +157,7 @@ def test_memory_is_bounded_by_frames_under_way() -> None:
     tracemalloc.start()
     try:
         with Encoder(jobs=2) as encoder:
-            encoder.encode(node, pieces(), io.BytesIO())
+            encoder.encode(node, in_pieces(pieces()), io.BytesIO())
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

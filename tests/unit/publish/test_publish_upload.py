@@ -15,7 +15,7 @@ import pytest
 
 from veneer.formats.chunk_map import parse_chunk_map
 from veneer.formats.listing import parse_listing
-from veneer.formats.nar import nar_of, tree_of_nar
+from veneer.formats.nar import nar_of, nar_size, tree_of_nar
 from veneer.formats.narinfo import parse_narinfo
 from veneer.formats.signature import SecretKey, fingerprint
 from veneer.model.errors import HashMismatchError, UsageError, VeneerError
@@ -23,7 +23,7 @@ from veneer.model.hashes import Hash
 from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import RegularFile
-from veneer.publish.contents import Content, Contents, directory_tree
+from veneer.publish.contents import Content, Contents, directory_tree, in_pieces
 from veneer.publish.encode import Encoder
 from veneer.publish.plan import make_plan
 from veneer.publish.target import INCOMING, DirectoryTarget, Target, open_target
@@ -56,7 +56,7 @@ def info(number: int) -> UnverifiedPathInfo:
 @contextmanager
 def contents(wanted: UnverifiedPathInfo) -> Iterator[Content]:
     number = int(wanted.store_path.hash_part)
-    yield RegularFile(len(text(number)), False, 96), [nar(number)]
+    yield RegularFile(len(text(number)), False, 96), in_pieces([nar(number)])
 
 
 INFOS = [info(n) for n in range(COUNT)]
@@ -152,11 +152,11 @@ def test_a_file_of_the_wrong_size_is_replaced(tmp_path: Path) -> None:
 def test_content_that_is_not_the_registered_one_is_never_visible(tmp_path: Path) -> None:
     @contextmanager
     def wrong(wanted: UnverifiedPathInfo) -> Iterator[Content]:
-        with contents(wanted) as (tree, pieces):
-            data = b"".join(pieces)
+        with contents(wanted) as (tree, whole):
+            data = b"".join(whole([wanted.nar_size]))
             if wanted == INFOS[3]:
                 data = data.replace(b"of 3", b"of 4")
-            yield tree, [data]
+            yield tree, in_pieces([data])
 
     with opened(tmp_path) as target:
         with pytest.raises(HashMismatchError, match="not what is registered"):
@@ -229,7 +229,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     @contextmanager
     def full(wanted: UnverifiedPathInfo) -> Iterator[Content]:
         with contents(wanted) as (tree, _):
-            yield tree, failing()
+            yield tree, in_pieces(failing())
 
     def failing() -> Iterator[bytes]:
         yield b"begun"
@@ -256,13 +256,13 @@ def test_a_directory_becomes_the_tree_that_nix_would_archive(tmp_path: Path) -> 
     (top / "b.txt").write_bytes(b"x" * 100)
     (top / "a").symlink_to("b")
     (top / os.fsdecode(b"\xff")).write_bytes(b"")
-    tree, pieces = directory_tree(top)
-    data = b"".join(pieces)
+    tree, whole = directory_tree(top)
+    data = b"".join(whole([nar_size(tree)]))
     assert tree_of_nar([data]) == tree
     assert b"#!" in data and b"x" * 100 in data
-    single, pieces = directory_tree(top / "b.txt")
+    single, whole = directory_tree(top / "b.txt")
     assert single == RegularFile(100, False, 96)
-    assert b"x" * 100 in b"".join(pieces)
+    assert b"x" * 100 in b"".join(whole([nar_size(single)]))
     os.mkfifo(top / "fifo")
     with pytest.raises(VeneerError, match="neither a file"):
         directory_tree(top)

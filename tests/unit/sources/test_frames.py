@@ -25,6 +25,7 @@ from veneer.formats.chunk_map import MAX_CHUNK
 from veneer.formats.seekable_zstd import SEEKABLE_MAGIC, Frame, write_seek_table
 from veneer.model.errors import FormatError, TruncatedError
 from veneer.model.tree import RegularFile
+from veneer.publish.contents import in_pieces
 from veneer.publish.encode import Encoder
 from veneer.sources.compression import open_decoder
 from veneer.sources.frames import GRID, MAX_FRAMES, MAX_TABLE, TailKeeper, decode_frame, find_frames
@@ -473,7 +474,7 @@ def test_published_files_are_found(tmp_path: Path) -> None:
     data = b"".join(nar.nar_of(nar.with_offsets(tree), lambda _: [content]))
     out = io.BytesIO()
     with Encoder(frame_size=64 << 10) as encoder:
-        done = encoder.encode(nar.with_offsets(tree), [data], out)
+        done = encoder.encode(nar.with_offsets(tree), in_pieces([data]), out)
     frames = found("zstd", out.getvalue(), len(data), 1)
     assert frames is not None
     chunks = [(c.compressed_offset, c.compressed_size, c.offset, c.size) for c in done.chunks]
