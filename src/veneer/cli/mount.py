@@ -223,7 +223,8 @@ def _upgrade(
         means.program = program
         return {"version": program.version}, follower
     follower.kill()
-    follower.wait()
+    with suppress(subprocess.TimeoutExpired):  # it may not end before another one answers what it has read
+        follower.wait(_END_SECONDS)
     return {"error": "the new mount server did not answer the kernel", "again": False}, _start(means)
 
 

@@ -12,6 +12,7 @@ The new program gets one descriptor: a memory file with ``Handover`` in JSON, wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -35,6 +36,7 @@ LOAD_SECONDS = 20.0
 """How long a new program may take until it could serve."""
 ANSWER_SECONDS = 5.0
 """How long a new server may take for its first answer."""
+_ANSWERED = b"y"
 _MOST = 1 << 20
 _SAID = 4096
 
@@ -150,33 +152,39 @@ class Heir:
 def answers(path: str, server: int, seconds: float = ANSWER_SECONDS) -> bool:
     """Whether ``server`` (a pidfd) answers for what is mounted on ``path``; where this cannot be told, whether it lives.
 
-    Another process asks, by statfs(2), which the kernel always passes on: this one must never wait for a mount.
+    Another process asks, by statfs(2), which the kernel always passes on: this one must never wait for a mount. Nor for
+    the one that asks: once a server has read its question nothing ends it but an answer, perhaps of the next server. So it
+    is nobody's child, and keeps nothing open.
     """
+    told, teller = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _ask(path)
-    pidfd = os.pidfd_open(pid)
+        try:
+            if os.fork() == 0:
+                _ask(path, teller)
+        finally:
+            os._exit(0)
+    os.close(teller)
+    os.waitpid(pid, 0)
     poll = select.poll()
-    for fd in (pidfd, server):
+    for fd in (told, server):
         poll.register(fd, select.POLLIN)
     ready = {fd for fd, _ in poll.poll(1000 * seconds)}
-    if pidfd not in ready:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    os.close(pidfd)
-    return status == 0 and server not in ready
+    answered = told in ready and os.read(told, 1) == _ANSWERED
+    os.close(told)
+    return answered and server not in ready
 
 
-def _ask(path: str) -> NoReturn:
-    status = 1
+def _ask(path: str, teller: int) -> NoReturn:
     try:
+        os.closerange(0, teller)
+        os.closerange(teller + 1, os.sysconf("SC_OPEN_MAX"))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.statvfs(path)
-        status = 0
-    except (FileNotFoundError, PermissionError):
-        status = 0  # it is out of sight
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # it is out of sight
+            os.statvfs(path)
+        os.write(teller, _ANSWERED)
     finally:
-        os._exit(status)
+        os._exit(0)
 
 
 def refusal(error: BaseException) -> str:
