@@ -33,6 +33,8 @@ _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This directory was made b
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WAIT = """
 import fcntl, signal, sys
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
 fcntl.flock(0, fcntl.LOCK_EX)
 """
@@ -155,7 +157,7 @@ def _flock(fd: int, seconds: float) -> None:
     """Locks the open file. BlockingIOError: another holds it, still after ``seconds``.
 
     A child waits in our place: flock has no time limit, and a lock belongs to the open file, which we share. Its own
-    timer ends it, so it outlives neither the limit nor its use.
+    timer ends it, so it outlives neither the limit nor its use, whatever signals we have blocked.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

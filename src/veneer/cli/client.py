@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -196,7 +197,9 @@ def open_socket(cache_dir: Path) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Socket addresses end at 107 bytes; cache directories do not.
+        _limit_sending(connection, ANSWER_SECONDS)
         connection.connect(f"/proc/self/fd/{directory}/{wire.SOCKET_NAME}")
+        _limit_sending(connection, 0)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         return None
@@ -208,6 +211,12 @@ def open_socket(cache_dir: Path) -> socket.socket | None:
     finally:
         os.close(directory)
     return connection
+
+
+def _limit_sending(connection: socket.socket, seconds: float) -> None:
+    """It also holds for ``connect``, which waits while more clients than a socket's queue holds wait for its daemon; 0: for ever."""
+    parts = divmod(round(1e6 * seconds), 1_000_000)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *parts))
 
 
 def connect(cache_dir: Path, view: Mapping[str, object] | None) -> Client | None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,19 +133,37 @@ class WatchedDaemon:
     def _hand_over(self) -> None:
         """Whoever connected to our own socket, for a private daemon that gave way, is led to the daemon that has one now.
 
-        Nobody else comes: its socket is in the place of ours. Without this they would wait for ever.
+        Its socket is in the place of ours. Without this they would wait for ever.
         """
+        for waiting in self._closed():
+            threading.Thread(target=_relay, args=(waiting, self.nix_socket), daemon=True).start()
+
+    def _turn_away(self) -> None:
+        """There will be no daemon: Nix gets an error instead of waiting for one for ever."""
+        if self._listening is not None:
+            self.nix_socket.unlink(missing_ok=True)
+        for waiting in self._closed():
+            waiting.close()
+
+    def _closed(self) -> Iterator[socket.socket]:
+        """Take our own socket's last callers. No more can come, though processes that we forked have it open, too."""
         if self._listening is None:
             return
         with self._listening as listening:
             self._listening = None
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):  # nobody is left
+                listening.shutdown(socket.SHUT_RD)
                 while True:
-                    waiting, _ = listening.accept()
-                    threading.Thread(target=_relay, args=(waiting, self.nix_socket), daemon=True).start()
+                    yield listening.accept()[0]
 
     def _succeed(self) -> bool:
         """Whether there is a successor."""
+        if self._has_begun_anew():
+            return True
+        self._turn_away()
+        return False
+
+    def _has_begun_anew(self) -> bool:
         self.client.close()
         try:
             if self._private is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from veneer.cli import client
 from veneer.cli.client import Client, connect, open_socket
 from veneer.formats import request_wire as wire
 from veneer.formats.request_wire import Frame, Kind
@@ -195,3 +196,26 @@ def test_a_daemon_that_ends_while_it_is_asked_is_none(tmp_path: Path, reads: boo
         ending.start()
         assert connect(tmp_path, None) is None
         ending.join(5)
+
+
+def test_a_daemon_that_takes_nobody_is_given_up_though_its_queue_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.1)
+    failures: list[str] = []
+
+    def try_it() -> None:
+        try:
+            connect(tmp_path, None)
+        except DaemonError as error:
+            failures.append(error.what)
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / wire.SOCKET_NAME))
+        listening.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(tmp_path / wire.SOCKET_NAME))
+            trying = threading.Thread(target=try_it, daemon=True)
+            trying.start()
+            trying.join(20)
+            assert failures == ["cannot reach the daemon: Resource temporarily unavailable"]

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from tests.support.callers import eventually
 from veneer.cache import directory
 from veneer.cache.cache import Cache
+from veneer.cli import private_daemon
+from veneer.cli.client import Client
 from veneer.cli.config import Settings, SourceSetting
 from veneer.cli.output import Output
 from veneer.cli.private_daemon import WatchedDaemon
@@ -141,6 +144,81 @@ def test_waiting_for_a_free_cache_has_a_limit_and_leaves_it_free(tmp_path: Path)
         end(busy)
     with Cache.open(cache, clock=time.time):
         pass
+
+
+def test_that_limit_holds_for_a_process_that_has_its_timer_s_signal_blocked(tmp_path: Path) -> None:
+    """As ``run`` has, while it starts a daemon in the place of one that died."""
+    cache = tmp_path / "cache"
+    busy = holder(cache)
+    waits = (
+        "import signal, sys; from pathlib import Path; from veneer.cache.directory import wait_until_free\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+        "sys.exit(wait_until_free(Path(sys.argv[1]), 0.1))"
+    )
+    waiting = subprocess.Popen([sys.executable, "-c", waits, str(cache)])
+    try:
+        assert waiting.wait(20) == 0
+    finally:
+        end(busy)  # which ends the other, too
+        waiting.wait(20)
+
+
+def test_a_daemon_can_be_ended_though_its_starter_has_signals_blocked(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        process, client = daemon(cache)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with Client(client, None, "there") as greeted:
+        try:
+            greeted.greet(20)
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait(20)
+
+
+def test_nix_is_turned_away_when_there_will_be_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket is one that waits for a daemon, and processes of the environment have it open as well."""
+    monkeypatch.setattr(private_daemon, "RESTARTS", 0)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    sources = (SourceSetting(f"file://{tmp_path}", "strict"),)
+    watched = WatchedDaemon(
+        Settings(cache, tmp_path / "environments", sources, ()), "session", Output(), nix=True
+    )
+    try:
+        assert watched._listening is not None
+        assert watched._private is not None
+        with watched._listening.dup():
+            watched._private.process.kill()
+            with connected(watched.nix_socket) as waiting:
+                assert select.select([watched], [], [], 20)[0]
+                assert not watched.readable()
+                waiting.settimeout(20)
+                assert waiting.recv(8) == b""
+            with pytest.raises(FileNotFoundError):
+                connected(watched.nix_socket)
+    finally:
+        watched.close()
+
+
+def test_whether_somebody_listens_is_told_at_once_though_many_wait_for_him(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        assert not answers(path)
+        listening.listen(0)
+        with connected(path):
+            probe = Thread(target=answers, args=(path,), daemon=True)
+            probe.start()
+            probe.join(20)
+            assert not probe.is_alive()
+            assert answers(path)
 
 
 def test_nix_is_answered_though_the_daemon_that_it_waits_for_gave_way(tmp_path: Path) -> None:
