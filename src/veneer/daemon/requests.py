@@ -18,8 +18,9 @@ import msgspec
 
 from veneer.formats import request_wire as wire
 from veneer.formats.request_wire import Frame, Kind
-from veneer.model.errors import CacheError, DaemonError, FormatError, LimitError, VeneerError
+from veneer.model.errors import CacheError, DaemonError, FormatError, LimitError, SourceError, VeneerError
 from veneer.model.store_path import StorePath
+from veneer.model.tasks import is_cancelled
 from veneer.store.resolve import AbsentError
 from veneer.store.store import Store
 from veneer.store.views import ViewConfig
@@ -242,6 +243,16 @@ class RequestServer:
         except Exception as error:  # noqa: BLE001 - a bug must reach the reader as EIO and the user as a story
             story = self._store.stories.add(frame.kind.name, error)
             session.send(Frame(Kind.FAILED, frame.id, wire.failed_body(VeneerError.errno, story.text)))
+            return
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            given_up = SourceError(
+                "given up: what it waited for was ended with another session", hint="try again"
+            )
+            self._store.stories.add(frame.kind.name, given_up)
+            body = wire.failed_body(given_up.errno, str(given_up), given_up.exit_code)
+            session.send(Frame(Kind.FAILED, frame.id, body))
             return
         session.send(reply)
 

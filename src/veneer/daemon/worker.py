@@ -26,6 +26,7 @@ from veneer import __version__
 from veneer.formats import worker_wire as wire
 from veneer.formats.worker_wire import Event, Request
 from veneer.model.errors import DaemonError, FormatError, UsageError, VeneerError, printable
+from veneer.model.tasks import is_cancelled
 from veneer.store.store import Store
 from veneer.store.views import View
 
@@ -315,6 +316,10 @@ class _Connection(asyncio.BufferedProtocol):
         except Exception as error:  # noqa: BLE001 - a bug must reach Nix as a failure and the user as a story
             story = self._socket.store.stories.add(request.operation.name, error)
             self._end(f"the store daemon failed: {story.text}")
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            self._end("given up: what it waited for was ended with another session; try again")
         finally:
             self._task = None
         self._advance()

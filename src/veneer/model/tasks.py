@@ -8,6 +8,15 @@ from typing import Any
 from .errors import VeneerError
 
 
+def is_cancelled() -> bool:
+    """Whether the CancelledError that was just caught is this task's own, and not of a shared one that it waited for.
+
+    The latter is a failure like others: whoever asked has to be told.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 def tell_bugs(task: asyncio.Task[Any], *expected: type[Exception]) -> None:
     """Done-callback: a VeneerError (or ``expected``) is whoever waits's affair, and of nobody when nobody does.
 

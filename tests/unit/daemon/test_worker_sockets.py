@@ -411,6 +411,27 @@ def test_a_bug_is_an_error_with_a_story(tmp_path: Path, monkeypatch: pytest.Monk
     run(tmp_path, body)
 
 
+def test_what_was_given_up_with_another_session_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def given_up(*_: object) -> list[wire.Value]:
+        shared = asyncio.get_running_loop().create_future()
+        shared.cancel()
+        await shared
+        return []
+
+    monkeypatch.setattr(Answers, "later", given_up)
+
+    def client(socket_path: Path) -> None:
+        with WorkerClient(socket_path) as nix, pytest.raises(RefusedError, match="given up"):
+            nix.ask(wire.IS_VALID_PATH, PATHS["text"])
+
+    async def body(daemon: Daemon) -> None:
+        await aside(client, await daemon.socket())
+
+    run(tmp_path, body)
+
+
 def test_a_socket_belongs_to_a_session_and_ends_with_it(tmp_path: Path) -> None:
     async def body(daemon: Daemon) -> None:
         trusting, strict = daemon.enter(), daemon.enter(key=FOREIGN)
