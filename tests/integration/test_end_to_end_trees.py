@@ -184,11 +184,16 @@ def test_what_a_large_path_is_costs_the_head_of_its_nar_where_there_is_no_listin
     server = nginx(nix_cache.cache("none", listings=False))
     caller.use(server.url, key=nix_cache.public)
     big = nix_cache.paths["big"]
-    done = caller.veneer("run", "--", "stat", "--format=%F %a", big)
-    assert done.stdout == "directory 555\n", done.stderr
-    assert [(request.status, request.bytes) for request in nar_requests(server.requests())] == [
-        (206, ENCODED)
-    ]
+    for way in ("--trace", "--prefetch"):  # and so it is when a trace of it is repeated
+        done = caller.veneer("run", way, caller.home / "trace", "--", "stat", "--format=%F %a", big)
+        assert done.stdout == "directory 555\n", done.stderr
+        asked = [(request.status, request.bytes) for request in nar_requests(server.requests())]
+        assert asked == [(206, ENCODED)]
+        if way == "--trace":
+            _, path = map(json.loads, (caller.home / "trace").read_text().splitlines())
+            assert (path["path"], path["files"]) == (Path(big).name, [])
+            caller.forget()
+            server.forget()
     server.stop()
     again = caller.veneer("run", "--", "sh", "-c", f"cd {big} && pwd")
     assert again.stdout == f"{big}\n", again.stderr

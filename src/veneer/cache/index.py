@@ -5,8 +5,8 @@ A ``database`` of its own thread. A read costs some 10 µs; 1,000,000 narinfos s
 I1  A path number, once given out, never means another store path or another tree: numbers come from AUTOINCREMENT,
     and ``add_path`` and ``replace_path`` return after their commit. A new index starts at a random number, because
     mount servers may outlive the old one.
-I2  Rows about files, pins and quarantines are committed when the call returns. Remembered answers (narinfos, absent
-    listings, roots, last use) wait for ``flush`` or for the next commit; losing them costs a question to a source.
+I2  Rows about files, shown roots, pins and quarantines are committed when the call returns. Remembered answers (narinfos,
+    absent listings, last use) wait for ``flush`` or for the next commit; losing them costs a question to a source.
 I3  A row says that a file is there only after the file has its final name (``nars``, ``trees`` see to it).
 I4  The row of a file and its ``unsynced`` row are written in one transaction, and the latter goes only after fdatasync.
 
@@ -245,8 +245,9 @@ class Index:
         return self._db.one("SELECT 1 FROM directories WHERE number = ?", (number,)) is not None
 
     def put_directory(self, number: int) -> None:
-        """Remembers that the path's root is a directory, where no more of its tree is known."""
-        self._db.remember("INSERT OR IGNORE INTO directories (number) VALUES (?)", (number,))
+        """The path's root is shown as a directory, though no more of its tree is known."""
+        with self._db.change():
+            self._db.run("INSERT OR IGNORE INTO directories (number) VALUES (?)", (number,))
 
     def set_nar(
         self, number: int, state: NarState, size_on_disk: int = 0, present: bytes | None = None

@@ -67,7 +67,7 @@ _CHUNKS = (
 # Without it, forgetting the chunks of one number would read those of all.
 _PLACES = ("CREATE INDEX chunk_places_of ON chunk_places (number)",)
 
-# Paths whose root is a directory, as the head of their NAR says: remembered answers, of paths that nobody has a listing of.
+# Paths that were shown as directories when no more of their tree was known than the head of the NAR says.
 _DIRECTORIES = ("CREATE TABLE directories (number INTEGER PRIMARY KEY)",)
 
 STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _RETIRED, _SIGNATURES, _CHUNKS, _PLACES, _DIRECTORIES)

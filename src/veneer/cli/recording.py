@@ -28,8 +28,10 @@ from veneer.model.store_path import StorePath
 TREE_SECONDS = 5.0
 """How long the daemon may take to have a tree again that was evicted."""
 
-OpenTree = Callable[[int, StorePath, bool], TreeIndex | None]
-"""(path number, its name, whether files of it were read) -> its tree; None: there is none."""
+Known = tuple[Hash, int, TreeIndex | None]
+"""A path's NAR hash, NAR size, and tree."""
+Recall = Callable[[int, StorePath, bool], Known | None]
+"""(path number, its name, whether files of it were read: then its tree is wanted) -> what is known of it; None: nothing any more."""
 
 
 @contextlib.contextmanager
@@ -63,7 +65,7 @@ def _finish(notes: Path, target: Path, cache_dir: Path, client: Callable[[], Cli
     data = notes.read_bytes()
     if len(data) > touches.MAX_SIZE - 2 * touches.ROW_SIZE - 256:
         output.warning("the trace is cut off: more was read than it can hold")
-    made = made_of(touches.parse(data), _Trees(cache_dir, client).open)
+    made = made_of(touches.parse(data), _Paths(cache_dir, client).recall)
     with contextlib.suppress(LimitError):
         write(target, trace.encode(made))
         output.note(f"trace of {count(len(made), 'store path')} in {target}")
@@ -77,8 +79,8 @@ def _finish(notes: Path, target: Path, cache_dir: Path, client: Callable[[], Cli
             return
 
 
-def made_of(rows: Iterable[touches.Touched], open_tree: OpenTree) -> Trace:
-    """The trace. Paths without a tree are left out, and reads of what is no file."""
+def made_of(rows: Iterable[touches.Touched], recall: Recall) -> Trace:
+    """The trace. Paths of which nothing is known are left out, and reads of what is no file."""
     names: dict[int, StorePath] = {}
     reads: dict[int, dict[int, list[tuple[int, int]]]] = {}
     for row in rows:
@@ -88,10 +90,11 @@ def made_of(rows: Iterable[touches.Touched], open_tree: OpenTree) -> Trace:
             reads.setdefault(row.number, {}).setdefault(row.entry, []).append((row.offset, row.size))
     paths = []
     for number, name in names.items():
-        tree = open_tree(number, name, number in reads)
-        if tree is not None:
-            files = _files(tree, reads.get(number, {}))
-            paths.append(TracedPath(name, Hash("sha256", tree.nar_hash), tree.nar_size, tuple(files)))
+        known = recall(number, name, number in reads)
+        if known is not None:
+            nar_hash, nar_size, tree = known
+            files = () if tree is None else tuple(_files(tree, reads.get(number, {})))
+            paths.append(TracedPath(name, nar_hash, nar_size, files))
     return trace.from_rows(trace.to_rows(tuple(paths)))  # a path that was condemned has two numbers
 
 
@@ -168,32 +171,44 @@ class Prefetching:
 
 
 @dataclass(slots=True)
-class _Trees:
-    """Of the cache directory; one that was evicted meanwhile is asked for again."""
+class _Paths:
+    """Of the cache directory. A tree that was evicted meanwhile is asked for again; of a directory that was never looked into there may be none."""
 
     cache_dir: Path
     client: Callable[[], Client]
     gone: bool = field(default=False)
     """The daemon does not answer."""
 
-    def open(self, number: int, name: StorePath, was_read: bool) -> TreeIndex | None:
+    def recall(self, number: int, name: StorePath, was_read: bool) -> Known | None:
         try:
-            return self._map(number)
+            return self._mapped(number)
         except FileNotFoundError:
             pass
         except (OSError, VeneerError):
             return None
-        if self.gone or not was_read:  # of a directory that was never looked into there is none
+        if self.gone:
             return None
         try:
+            if not was_read:
+                return self._told(name)
             self.client().control("tree", {"path": name.basename}, seconds=TREE_SECONDS)
-            return self._map(number)
+            return self._mapped(number)
         except FileNotFoundError:
             return None  # it has another number by now
         except (OSError, VeneerError):
             self.gone = True
             return None
 
-    def _map(self, number: int) -> TreeIndex:
+    def _mapped(self, number: int) -> Known:
         with open(self.cache_dir / tree_file(number), "rb") as file:
-            return TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            tree = TreeIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return Hash("sha256", tree.nar_hash), tree.nar_size, tree
+
+    def _told(self, name: StorePath) -> Known:
+        """By the daemon, which remembers the path's narinfo."""
+        said = self.client().control(
+            "closure", {"paths": [name.basename], "alone": True}, seconds=TREE_SECONDS
+        )
+        rows = said["paths"]
+        assert isinstance(rows, list)
+        return Hash.parse(str(rows[0]["nar_hash"])), int(rows[0]["nar_size"]), None

@@ -359,9 +359,9 @@ class Misses:
             number, _ = request_wire.found(frame.body)
             if not 0 < number < 1 << 32:
                 raise FormatError(f"path number {number}", where="request protocol")
-            self._trees.numbers.put(key, number)
             if frame.kind is Kind.DIRECTORY:
                 self._trees.directories.put(number, True)
+            self._trees.numbers.put(key, number)
         elif frame.kind is Kind.ABSENT and isinstance(key, bytes):
             seconds = request_wire.absent(frame.body) / 1000
             self._trees.absent.put(key, seconds)
@@ -416,9 +416,8 @@ class Misses:
 
     def _fail(self, parked: Parked, code: int, story: str) -> None:
         kind, key, _ = parked.key
-        self._stories.tell(
-            code, f"{kind.name} {key.decode('ascii', 'replace') if isinstance(key, bytes) else key}", story
-        )
+        about = key.decode("ascii", "replace") if isinstance(key, bytes) else self._tally.name(key)
+        self._stories.tell(code, f"{kind.name} {about}", story)
         self._answered(parked)
         self.answer(parked, code)
 

@@ -54,8 +54,12 @@ class Tally:
     def describe(self, node: int) -> str:
         """A node for a story."""
         number, entry = split_node_id(node)
-        name = self._names.get(number)
-        return f"{name[0] if name else f'path {number}'} entry {entry}" if number else "the mount's root"
+        return f"{self.name(number)} entry {entry}" if number else "the mount's root"
+
+    def name(self, number: int) -> str:
+        """A store path for a story."""
+        known = self._names.get(number)
+        return known[0] if known else f"path {number}"
 
     def _reads(self) -> dict[int, tuple[int, int]]:
         sums: dict[int, tuple[int, int]] = {}

@@ -124,11 +124,11 @@ class Prefetch:
             if traced.files and self._together:
                 store.expect_parts(candidate, account)
             listed = await store.listed(view, info, account)
-        if not listed:  # its tree comes with its NAR, whatever is wanted of it
+        if not listed:  # its tree comes with its NAR, whatever file is wanted of it
             if not self._fits(info.info.nar_size):
                 return False
             async with self._whole:
-                await store.lookup(view, path, account)
+                await store.lookup(view, path, account, root_only=not traced.files)
             return True
         row = await store.lookup(view, path, account)
         if traced.files:

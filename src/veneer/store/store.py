@@ -1,8 +1,8 @@
 """The store as the daemon sees it: names become path numbers with published trees, path numbers become readable bytes.
 
-Invariants: S1: a path number is given out only after its tree file was renamed into place, or as that of a directory to who asked for no more. S2: a listing, or the head of a NAR, only ever gives
-metadata, which the NAR confirms when it arrives (``trees``), or else the number is condemned and the path lives on under
-a new one. S3: nothing is served in a view whose policy refuses the path info.
+Invariants: S1: a path number is given out only after its tree file was renamed into place, or as that of a directory to
+who asked for no more. S2: a listing, or the head of a NAR, only ever gives metadata, which the NAR confirms when it arrives
+(``trees``), or else the number is condemned and the path lives on under a new one. S3: nothing is served in a view whose policy refuses the path info.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Store:
 
     def is_bare(self, row: PathRow) -> bool:
         """Whether no more is known of the path than that it is a directory."""
-        return row.tree is TreeState.NONE and self.cache.index.is_directory(row.number)
+        return not self._trees.has(row) and self.cache.index.is_directory(row.number)
 
     def want_closure(self, view: View, path: StorePath, account: Account) -> None:
         """All that the path refers to is asked for next: ``RememberedSource.want_closure``."""

@@ -31,6 +31,8 @@ from .resolve import Candidate, Resolver
 from .verify import PIECE
 from .views import View
 
+HEADS = 16
+"""Of NARs, asked for at once."""
 LISTINGS = "listing"
 """In place of a source's URL in the quarantine: no listing of this path is believed, whoever has it."""
 LISTINGS_SECONDS = 10 * 365 * 86400.0
@@ -66,6 +68,7 @@ class PublishedTrees:
         self._big = BigListings(cache.generation)
         self._open: dict[tuple[int, str], asyncio.Task[bool]] = {}
         """By path number and what is tried."""
+        self._heads = asyncio.Semaphore(HEADS)
 
     async def close(self) -> None:
         """End everything under way."""
@@ -76,11 +79,11 @@ class PublishedTrees:
 
     async def without_nar(self, view: View, row: PathRow, account: Account) -> bool:
         """Whether the path's tree is published, after trying listings; concurrent callers share the work."""
-        return self._has(row) or await self._shared(row, "listing", self._publish, view, account)
+        return self.has(row) or await self._shared(row, "listing", self._publish, view, account)
 
     async def of_head(self, view: View, row: PathRow, account: Account) -> bool:
         """Whether it is known what the path's root is, after asking for its NAR's head: a published tree, or a directory."""
-        if self._has(row) or self._cache.index.is_directory(row.number):
+        if self.has(row) or self._cache.index.is_directory(row.number):
             return True
         return await self._shared(row, "head", self._publish_of_head, view, account)
 
@@ -90,16 +93,16 @@ class PublishedTrees:
         The row that the path has now: another one when they differ.
         """
         trees, index = self._cache.trees, self._cache.index
-        if self._has(row):
-            told, agrees = "listing", trees.path(row.number).read_bytes() == encoded
+        if self.has(row):
+            agrees = trees.path(row.number).read_bytes() == encoded
+            if agrees:
+                index.set_tree(row.number, TreeState.CHECKED)
         else:
-            told, agrees = "head", isinstance(node, Directory) or not index.is_directory(row.number)
-        if agrees and told == "listing":
-            index.set_tree(row.number, TreeState.CHECKED)
-        elif agrees:
-            trees.publish(row.number, [encoded], TreeState.CHECKED)
-        else:
-            error = HashMismatchError(f"the {told} of {row.store_path} differs from its verified NAR")
+            agrees = isinstance(node, Directory) or not index.is_directory(row.number)
+            if agrees:
+                trees.publish(row.number, [encoded], TreeState.CHECKED)
+        if not agrees:
+            error = HashMismatchError(f"what was told of {row.store_path} differs from its verified NAR")
             now = self._clock()
             index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
             row = self._condemn(row, error)
@@ -116,10 +119,11 @@ class PublishedTrees:
             nar_size=row.nar_size,
         )
 
-    # -- details
-
-    def _has(self, row: PathRow) -> bool:
+    def has(self, row: PathRow) -> bool:
+        """Whether the path's tree is published."""
         return row.tree != TreeState.NONE and self._cache.trees.has(row.number)
+
+    # -- details
 
     async def _shared(
         self,
@@ -165,8 +169,9 @@ class PublishedTrees:
             async for candidate in candidates:
                 source = candidate.source
                 try:
-                    root = await root_of_head(source, candidate.info.info, account.meter(row.store_path))
-                    if isinstance(root, Directory) and not self._has(self._row(row.number)):
+                    async with self._heads:
+                        root = await root_of_head(source, candidate.info.info, account.meter(row.store_path))
+                    if isinstance(root, Directory) and not self.has(self._row(row.number)):
                         self._cache.index.put_directory(self._row(row.number).number)
                     elif root is not None and not isinstance(root, Directory):
                         self._publish_listed(row, [self.encode(row, root)])
@@ -217,12 +222,12 @@ class PublishedTrees:
 
     def _publish_listed(self, row: PathRow, encoded: Iterable[bytes | bytearray]) -> None:
         """FormatError: its root is not what was shown."""
-        if self._has(self._row(row.number)):
+        if self.has(self._row(row.number)):
             return  # the NAR was faster
         pieces = iter(encoded)
         first = next(pieces, b"")
         if root_kind(first) is not Kind.DIRECTORY and self._cache.index.is_directory(row.number):
-            raise FormatError("the root is not a directory, as the head of its NAR said", where="listing")
+            raise FormatError("its root is not a directory, as was told before")
         self._cache.trees.publish(row.number, chain([first], pieces), TreeState.LISTED)
 
     async def _believed(self, view: View, row: PathRow, account: Account) -> AsyncGenerator[Candidate, None]:

@@ -14,9 +14,11 @@ import pytest
 
 from tests.support.stub_daemon import GENERATION, Spec, StubDaemon, store_name
 from veneer.formats import fuse_wire as wire
+from veneer.formats.request_wire import Kind
 from veneer.formats.tree_index import HEADER_SIZE, NAME_AT, ROW, nar_file, node_id, tree_file
 from veneer.mount.server import MountServer
 from veneer.mount.session import MAX_PAGES, Session, negotiate
+from veneer.mount.trees import Trees
 
 NUMBER = 0x4000_0000
 SPEC: Spec = {b"bin": {b"sh": b"#!sh"}, b"link": "bin/sh", b"readme": b"x" * 5000}
@@ -133,6 +135,46 @@ def test_absent_name_is_a_negative_entry_with_a_time(kernel: Kernel) -> None:
     assert error == 0
     node, _, valid, *_ = wire.ENTRY_OUT.unpack(entry)
     assert (node, valid > 1 << 30) == (0, True)
+
+
+def test_a_bare_directory_has_attributes_and_all_else_waits_for_its_tree(
+    store: StubDaemon, kernel: Kernel
+) -> None:
+    number = NUMBER + 1
+    name = store.add("bare", SPEC, number=number)
+    store.bare.add(name)
+    store.start()
+    try:
+        error, entry = kernel.ask(wire.LOOKUP, 1, name.encode() + b"\0")
+        assert (error, wire.ENTRY_OUT.unpack(entry)[0]) == (0, node_id(number, 0))
+        getattr_in = wire.GETATTR_IN.pack(0, 0, 0)
+        error, attr = kernel.ask(wire.GETATTR, node_id(number, 0), getattr_in)
+        assert (error, attr[16:]) == (0, entry[40:])
+        assert store.count(Kind.TREE) == 0
+        error, below = kernel.ask(wire.GETATTR, node_id(number, 1), getattr_in)
+        assert (error, store.count(Kind.TREE)) == (0, 1)
+        assert below != attr
+        assert kernel.ask(wire.GETATTR, node_id(number, 0), getattr_in) == (0, attr)
+    finally:
+        store.stop()
+
+
+def test_what_was_known_of_paths_ends_with_their_cache(tmp_path: Path) -> None:
+    dirfd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        trees = Trees(dirfd)
+        trees.change_generation(GENERATION)
+        trees.numbers.put(b"name", NUMBER)
+        trees.directories.put(NUMBER, True)
+        assert trees.change_generation(GENERATION) == []
+        assert NUMBER in trees.directories
+        assert trees.change_generation(GENERATION[::-1]) == [b"name"]
+        assert NUMBER not in trees.directories
+        trees.directories.put(NUMBER, True)
+        trees.forget(NUMBER, b"name")
+        assert NUMBER not in trees.directories
+    finally:
+        os.close(dirfd)
 
 
 def test_link_gives_its_target(kernel: Kernel) -> None:

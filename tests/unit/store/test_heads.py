@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import bz2
+import contextlib
 import gzip
 import hashlib
 import json
 import lzma
+import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import brotli
@@ -23,10 +26,14 @@ from veneer.cache.index import NarState, PathRow, TreeState
 from veneer.formats.nar import nar_of, nar_size, tree_of_nar
 from veneer.formats.tree_index import Kind
 from veneer.model.errors import FormatError, TruncatedError, VeneerError
+from veneer.model.path_info import UnverifiedPathInfo
 from veneer.model.store_path import StorePath
 from veneer.model.tree import Directory, Node, RegularFile, Symlink
+from veneer.sources.base import Meter, unmetered
 from veneer.store import heads
 from veneer.store.account import Account
+from veneer.store.trees import HEADS
+from veneer.store.views import View
 
 SIZE = 3_000_001
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -103,6 +110,19 @@ def test_the_head_of_a_file_tells_its_whole_tree(tmp_path: Path, executable: boo
         view = bench.view(cache.url, keys=(cache.key,))
         assert (await bench.store.whole(view, made.path, bench.account)).tree is TreeState.CHECKED
         assert bench.cache.trees.path(row.number).read_bytes() == shown
+
+    run(tmp_path, body)
+
+
+def test_what_was_shown_is_known_to_the_next_daemon_however_this_one_ends(
+    tmp_path: Path, directory: MadePath
+) -> None:
+    cache = unlisted(tmp_path, directory)
+
+    async def body(bench: Bench) -> None:
+        row = await root_of(bench, cache, directory)
+        with contextlib.closing(sqlite3.connect(bench.cache.root / "index.sqlite")) as other:
+            assert other.execute("SELECT number FROM directories").fetchall() == [(row.number,)]
 
     run(tmp_path, body)
 
@@ -214,17 +234,135 @@ def test_a_listing_that_contradicts_what_was_shown_is_not_believed(
     run(tmp_path, body)
 
 
-def test_an_ordinary_lookup_beside_it_gets_the_tree(tmp_path: Path, directory: MadePath) -> None:
+class Held:
+    """Heads of this view's first source wait until ``go``."""
+
+    def __init__(self, view: View) -> None:
+        self.asked: asyncio.Queue[None] = asyncio.Queue()
+        self.go = asyncio.Event()
+        self.begun = self.most = 0
+        source = view.chain.sources[0]
+        self._part, source.part = source.part, self._held  # type: ignore[method-assign]
+
+    async def _held(
+        self, info: UnverifiedPathInfo, offset: int, size: int, meter: Meter = unmetered
+    ) -> bytes:
+        self.begun += 1
+        self.most = max(self.most, self.begun)
+        self.asked.put_nowait(None)
+        await self.go.wait()
+        self.begun -= 1
+        return await self._part(info, offset, size, meter)
+
+
+def test_an_ordinary_lookup_beside_it_gets_the_tree_and_the_head_comes_too_late(
+    tmp_path: Path, directory: MadePath
+) -> None:
     cache = unlisted(tmp_path, directory)
 
     async def body(bench: Bench) -> None:
         view = bench.view(cache.url, keys=(cache.key,))
-        first, second = await asyncio.gather(
-            bench.store.lookup(view, directory.path, bench.account, root_only=True),
-            bench.store.lookup(view, directory.path, Account()),
-        )
-        assert first.number == second.number
+        held = Held(view)
+        first = asyncio.create_task(bench.store.lookup(view, directory.path, bench.account, root_only=True))
+        await held.asked.get()
+        second = await bench.store.lookup(view, directory.path, Account())
         assert second.tree is TreeState.CHECKED
+        held.go.set()
+        assert await first == second
+        assert not bench.cache.index.is_directory(second.number)
+
+    run(tmp_path, body)
+
+
+def test_no_head_is_asked_for_while_the_nar_comes(tmp_path: Path, directory: MadePath) -> None:
+    cache = unlisted(tmp_path, directory)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        held = Held(view)
+        whole = asyncio.create_task(bench.store.whole(view, directory.path, bench.account))
+        for _ in range(10_000):
+            if bench.store.fetcher.busy:
+                break
+            await asyncio.sleep(0)
+        row = await bench.store.lookup(view, directory.path, Account(), root_only=True)
+        assert row.tree is TreeState.CHECKED
+        assert held.asked.empty()
+        await whole
+
+    run(tmp_path, body)
+
+
+def test_heads_are_asked_for_some_at_a_time(tmp_path: Path) -> None:
+    paths = [make_path(f"path-{n}", heads.LARGE) for n in range(HEADS + 4)]
+    cache = unlisted(tmp_path, *paths, compression="none")
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        held = Held(view)
+        looking = [
+            asyncio.create_task(bench.store.lookup(view, made.path, bench.account, root_only=True))
+            for made in paths
+        ]
+        for _ in range(HEADS):
+            await held.asked.get()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        held.go.set()
+        rows = await asyncio.gather(*looking)
+        assert all(bench.store.is_bare(row) for row in rows)
+        assert held.most == HEADS
+
+    run(tmp_path, body)
+
+
+def test_a_head_that_is_too_short_or_of_another_size_is_not_used(
+    tmp_path: Path, directory: MadePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = file_path("file")
+    cache = unlisted(tmp_path, made, directory)
+    right = cache.nar("file").read_bytes()
+    longer = path_of("file", RegularFile(SIZE + 8, executable=False, offset=0), made.data + bytes(8))
+    cache.nar("file").write_bytes(zstandard.ZstdCompressor().compress(longer.nar)[: len(right)])
+
+    async def body(bench: Bench) -> None:
+        with pytest.raises(VeneerError):  # the whole NAR is not that one either
+            await root_of(bench, cache, made)
+        assert "NarSize" in bench.stories()
+        monkeypatch.setattr(heads, "ENCODED", 10)
+        row = await root_of(bench, cache, directory)
+        assert (row.tree, row.nar) == (TreeState.CHECKED, NarState.WHOLE)
+
+    run(tmp_path, body)
+
+
+def test_the_head_of_another_build_of_the_path_does_not_count(tmp_path: Path, directory: MadePath) -> None:
+    cache = unlisted(tmp_path, directory)
+    build = path_of("other", RegularFile(SIZE, executable=False, offset=0), bytes(SIZE))
+    other = SignedCache(
+        tmp_path / "other", [replace(build, path=directory.path)], listings=False, secret=cache.secret
+    )
+    cache.nar("directory").unlink()
+
+    async def body(bench: Bench) -> None:
+        with pytest.raises(VeneerError):
+            await root_of(bench, cache.url, directory, other.url, key=cache.key)
+        number = bench.cache.index.path_of(directory.path, cache.infos["directory"].nar_hash)
+        assert number is not None and not bench.cache.trees.has(number.number)
+
+    run(tmp_path, body)
+
+
+def test_a_directory_whose_files_are_lost_is_bare_again(tmp_path: Path, directory: MadePath) -> None:
+    cache = unlisted(tmp_path, directory)
+
+    async def body(bench: Bench) -> None:
+        view = bench.view(cache.url, keys=(cache.key,))
+        row = await bench.store.lookup(view, directory.path, bench.account)
+        bench.cache.nars.drop(row.number)
+        bench.cache.trees.path(row.number).unlink()  # and nobody noticed
+        again = await root_of(bench, cache, directory)
+        assert (again.number, bench.store.is_bare(again)) == (row.number, True)
 
     run(tmp_path, body)
 
