@@ -116,6 +116,10 @@ class RequestServer:
             self._open.discard(task)
             self._changed(len(self._open))
 
+    def refuse(self) -> None:
+        """From now on nobody is greeted any more: who comes finds no daemon, and starts one."""
+        self._closing = True
+
     async def close(self) -> None:
         self._closing = True
         for task in list(self._open):

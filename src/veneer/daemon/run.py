@@ -129,7 +129,12 @@ async def _serve(settings: DaemonSettings, cache: Cache, listening: Callable[[],
         inherited=settings.nix_sockets,
     )
     control = Control(store, sessions, workers, time.time, stop.set, private=settings.private)
-    idle = _IdleEnd(stop.set, lambda go_on: _sync(cache, go_on)) if settings.private else None
+
+    def end() -> None:
+        requests.refuse()  # at once: a client that was greeted would take what comes then for a failure
+        stop.set()
+
+    idle = _IdleEnd(end, lambda go_on: _sync(cache, go_on)) if settings.private else None
     requests = RequestServer(
         store,
         sessions,

@@ -127,8 +127,8 @@ class Greeting:
         self._listener.close()
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["with-its-hello", "unheard"])
-def test_a_client_that_comes_with_the_end_is_let_go(tmp_path: Path, late: bool) -> None:
+@pytest.mark.parametrize("when", ["with-its-hello", "ending", "unheard"])
+def test_a_client_that_comes_with_the_end_is_let_go(tmp_path: Path, when: str) -> None:
     """Else the daemon would wait for it, and it for a daemon on whose socket nobody else can connect any more."""
 
     async def no_control(session: Session, request: dict[str, object], progress: object) -> dict[str, object]:
@@ -143,14 +143,17 @@ def test_a_client_that_comes_with_the_end_is_let_go(tmp_path: Path, late: bool) 
             server = RequestServer(store, sessions, no_control, ViewConfig(), lambda _: None)
             greeting = Greeting(server, tmp_path / "socket")
             try:
-                if late:
+                if when == "unheard":
                     await server.close()
+                elif when == "ending":
+                    server.refuse()
                 await greeting.open()
-                if not late:
+                if when == "with-its-hello":
                     for _ in range(5):
                         await asyncio.sleep(0)  # until it waits for the HELLO
                 greeting.say_hello()
-                await server.close()
+                if when != "ending":
+                    await server.close()
                 await greeting.served
                 assert await greeting.client.read() == b""
             finally:
