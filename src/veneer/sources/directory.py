@@ -6,6 +6,7 @@ With the standard library on worker threads, because obstore reads local files i
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import threading
@@ -21,9 +22,10 @@ from .workers import Workers
 class DirectoryObjects:
     """``transport.Transport`` below one directory."""
 
-    def __init__(self, directory: Path, workers: Workers) -> None:
+    def __init__(self, directory: Path, workers: Workers, stall_seconds: float) -> None:
         self._directory = directory
         self._workers = workers
+        self._stall_seconds = stall_seconds
 
     def fetch(self, path: str, limit: int) -> bytes:
         file, size = self._open(path)
@@ -39,7 +41,11 @@ class DirectoryObjects:
         return data
 
     async def open(self, path: str, start: int = 0, end: int | None = None, version: str = "") -> Body:
-        file, size = await self._workers.run(self._open, path, dispose=_close)
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                file, size = await self._workers.run(self._open, path, dispose=_close)
+        except TimeoutError:
+            raise no_answer(self._stall_seconds) from None
         if start:
             file.seek(start)
         return _FileBody(self, file, size, (size if end is None else min(end, size)) - start)
@@ -70,6 +76,11 @@ class DirectoryObjects:
             return TransferError(Fault.MISSING, "no such file")
         fault = Fault.FATAL if isinstance(error, PermissionError) else Fault.PASSING
         return TransferError(fault, error.strerror or "read error")
+
+
+def no_answer(seconds: float) -> TransferError:
+    """Of a file system that keeps a thread. It is not tried again: that would keep another one."""
+    return TransferError(Fault.FATAL, f"no answer for {seconds:g} s")
 
 
 def _close(opened: tuple[FileIO, int]) -> None:

@@ -29,7 +29,7 @@ from veneer.model.store_path import is_hash_part
 from .base import Meter, RangesUnsupportedError, unmetered
 from .bodies import collected
 from .credentials import Logins
-from .directory import DirectoryObjects
+from .directory import DirectoryObjects, no_answer
 from .http_place import HttpPlace
 from .nar_stream import NarStream, expected_size
 from .options import SourceConfig, SourceOptions, without_secrets
@@ -171,7 +171,7 @@ class ObjectStoreSource:
     async def _fetch(self, name: str, limit: int, meter: Meter) -> bytes | None:
         """A small object, plain; None when there is none."""
         try:
-            data: bytes = await self._retried(name, self._workers.run, self._transport.fetch, name, limit)
+            data = await self._retried(name, self._fetch_once, name, limit)
         except SourceMissingError:
             return None
         meter(len(data))
@@ -182,6 +182,15 @@ class ObjectStoreSource:
             return decode_listing_bytes(data, limit)
         except FormatError as error:
             raise self._placed(name, error) from error
+
+    async def _fetch_once(self, name: str, limit: int) -> bytes:
+        """On a thread. What asks servers has time limits of its own, which begin when it asks; a file system has none."""
+        seconds = self._options.stall_seconds if self._config.scheme == "file" else None
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._workers.run(self._transport.fetch, name, limit)
+        except TimeoutError:
+            raise no_answer(self._options.stall_seconds) from None
 
     async def _collect(self, name: str, limit: int, meter: Meter) -> bytes:
         """A listing or another object that may be large, as it came."""
@@ -245,7 +254,7 @@ class ObjectStoreSource:
 def _open_transport(config: SourceConfig, options: SourceOptions, workers: Workers) -> Transport:
     patience = Patience(options.connect_seconds, options.stall_seconds)
     if config.scheme == "file":
-        return DirectoryObjects(Path(config.address), workers)
+        return DirectoryObjects(Path(config.address), workers, options.stall_seconds)
     ca_pem = read_ca(options.ca_file)
     if config.scheme in ("s3", "gs", "az"):
         return bucket_objects(config, patience, ca_pem)

@@ -13,16 +13,21 @@ import base64
 import contextlib
 import email.utils
 import http.client
+import io
 import socket
 import ssl
 import time
 from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .credentials import Logins
 from .transport import Body, Fault, Patience, TransferError, status_error, too_long
 from .workers import Workers
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 MOST_REDIRECTS = 10
 _NETWORK_ERRORS = (OSError, http.client.HTTPException, EOFError)
@@ -41,6 +46,7 @@ class PlainHttp:
     def fetch(self, path: str, limit: int) -> bytes:
         deadline = time.monotonic() + self._patience.connect + self._patience.stall
         sock, response = self._get(path, {})
+        response.received.deadline = deadline
         try:
             if response.length is not None and response.length > limit:
                 raise too_long(response.length, limit)
@@ -73,6 +79,7 @@ class PlainHttp:
 
     def _open(self, url: str, headers: dict[str, str], start: int, end: int | None) -> _PlainBody:
         sock, response = self._get(url, headers)
+        response.received.deadline = None  # who reads the body looks at its pace
         size: int | None = response.length
         if "Range" in headers:
             try:
@@ -82,7 +89,7 @@ class PlainHttp:
                 raise
         return _PlainBody(self, sock, response, size, self._workers)
 
-    def _get(self, url: str, headers: dict[str, str]) -> tuple[socket.socket, http.client.HTTPResponse]:
+    def _get(self, url: str, headers: dict[str, str]) -> tuple[socket.socket, _Response]:
         """The answer, redirects followed, with a 2xx status."""
         for _ in range(MOST_REDIRECTS + 1):
             sock, response = self._ask(url, headers)
@@ -102,7 +109,7 @@ class PlainHttp:
                 raise TransferError(Fault.FATAL, "redirected to something that is not HTTP")
         raise TransferError(Fault.FATAL, f"more than {MOST_REDIRECTS} redirects")
 
-    def _ask(self, url: str, headers: dict[str, str]) -> tuple[socket.socket, http.client.HTTPResponse]:
+    def _ask(self, url: str, headers: dict[str, str]) -> tuple[socket.socket, _Response]:
         """One request. The socket is given as well, because the connection forgets it when the server will close it."""
         sock: socket.socket | None = None
         try:
@@ -119,7 +126,7 @@ class PlainHttp:
             if authorization is not None:
                 own["Authorization"] = authorization
             connection.request("GET", target, headers={**own, **proxy_headers, **headers})
-            return sock, connection.getresponse()
+            return sock, cast(_Response, connection.getresponse())
         except (*_NETWORK_ERRORS, ValueError) as error:
             if sock is not None:
                 _shut(sock)
@@ -151,6 +158,7 @@ class PlainHttp:
             )
         else:
             connection = http.client.HTTPConnection(*place, timeout=self._patience.connect)
+        connection.response_class = _Response
         if proxy and secure:
             connection.set_tunnel(host, port or 443, headers)
             headers = {}
@@ -184,6 +192,39 @@ class PlainHttp:
         if isinstance(error, ValueError):
             return TransferError(Fault.FATAL, "not a URL that can be asked for")
         return TransferError(Fault.PASSING, "the answer is not HTTP")
+
+
+class _Received(io.RawIOBase):
+    """What comes on a socket: each piece within the socket's time limit, all of it until ``deadline`` (monotonic; None: for ever)."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._sock = sock
+        self._raw = raw
+        self._seconds = sock.gettimeout() or 0.0
+        self.deadline: float | None = time.monotonic() + self._seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        left = self._seconds if self.deadline is None else self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(min(self._seconds, left))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """One whose head as a whole, also a proxy's, comes within the socket's time limit: a byte now and then is not enough."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **named: Any) -> None:
+        super().__init__(sock, *args, **named)
+        self.received = _Received(sock, self.fp.detach())
+        self.fp = io.BufferedReader(self.received)
 
 
 class _PlainBody:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ import pytest
 
 from tests.support.source_cache import ABSENT, entry, write_cache
 from veneer.model.errors import SourceError, SourceMissingError
+from veneer.sources.directory import DirectoryObjects
 from veneer.sources.object_store import ObjectStoreSource
 from veneer.sources.options import SourceOptions, parse_source_url
 
@@ -44,6 +46,35 @@ def test_an_absent_directory_is_a_failure_and_not_an_empty_cache(tmp_path: Path)
         with pytest.raises(SourceError, match="no such directory") as caught:
             ask(tmp_path / "unmounted", question)
         assert not isinstance(caught.value, SourceMissingError)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [lambda source: source.path_info(SMALL.hash_part), lambda source: source.listing(SMALL.hash_part), nar],
+    ids=["narinfo", "listing", "nar"],
+)
+def test_a_file_system_that_does_not_answer_keeps_nobody_waiting(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    question: Callable[[ObjectStoreSource], Awaitable[object]],
+) -> None:
+    """A dead mount cannot be had without a network: opening a file waits for a socket that nobody writes to."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(DirectoryObjects, "_open", lambda *_: ours.recv(1))
+
+    async def main() -> None:
+        source = ObjectStoreSource(parse_source_url(str(tmp_path)), SourceOptions(stall_seconds=0.2))
+        try:
+            await question(source)
+        finally:
+            await source.close()
+
+    with ours, theirs:
+        try:
+            with pytest.raises(SourceError, match=r"no answer for 0\.2 s"):
+                asyncio.run(asyncio.wait_for(main(), 10))
+        finally:
+            theirs.close()
 
 
 def test_a_directory_that_appears_later_is_used(tmp_path: Path) -> None:
