@@ -67,9 +67,9 @@ class Client:
     def greet(self, seconds: float = ANSWER_SECONDS) -> bytes:
         """Wait until the daemon answered HELLO; the cache's generation. DaemonError when it does not answer as one."""
         if self._generation is None:
-            self._socket.settimeout(seconds)
+            self._wait_at_most(seconds)
             welcome = self._answer((Kind.WELCOME,), _no_progress)
-            self._socket.settimeout(None)
+            self._wait_at_most(None)
             self._generation = bytes.fromhex(str(_document(welcome.body).get("generation", "")))
         return self._generation
 
@@ -86,7 +86,7 @@ class Client:
         """
         self.greet()
         self._last += 1
-        self._socket.settimeout(seconds)
+        self._wait_at_most(seconds)
         self._send(Kind.CONTROL, json.dumps({"do": verb, **(arguments or {})}).encode())
         return _document(self._answer((Kind.RESULT,), progress).body)
 
@@ -118,6 +118,12 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _wait_at_most(self, seconds: float | None) -> None:
+        try:
+            self._socket.settimeout(seconds)
+        except OSError as error:  # it was closed, for the daemon had gone
+            raise self._lost(error) from error
 
     def _send(self, kind: Kind, body: bytes, request: int | None = None) -> None:
         try:

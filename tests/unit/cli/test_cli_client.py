@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from veneer.cli import client
-from veneer.cli.client import Client, connect, open_socket
+from veneer.cli.client import Client, LostDaemonError, connect, open_socket
 from veneer.formats import request_wire as wire
 from veneer.formats.request_wire import Frame, Kind
 from veneer.model.errors import CacheError, DaemonError, NotFoundError, VeneerError
@@ -219,3 +219,12 @@ def test_a_daemon_that_takes_nobody_is_given_up_though_its_queue_is_full(
             trying.start()
             trying.join(20)
             assert failures == ["cannot reach the daemon: Resource temporarily unavailable"]
+
+
+def test_a_client_that_was_closed_has_lost_its_daemon() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        client = Client(ours, None, "there")
+        client.close()
+        with pytest.raises(LostDaemonError, match="lost the daemon"):
+            client.control("report", seconds=1)
