@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from veneer.mount.succession import Succession
 
 _END_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+"""Between looks for a server that was killed and cannot end."""
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -143,7 +145,7 @@ def _serve(means: _Means, daemon: Companion, output: Output) -> int:
 def _wait(
     means: _Means, server: subprocess.Popen[bytes], daemon: Companion
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """The server that ended, and its status. A daemon that dies meanwhile has a successor."""
+    """The server that ended, or was killed and cannot end, and its status. A daemon that dies meanwhile has a successor."""
     from veneer.environment import running
 
     pidfd = os.pidfd_open(server.pid)
@@ -157,19 +159,38 @@ def _wait(
 
     try:
         watched = True
+        was_dead = False
         while True:
             waiting = [pidfd, *([daemon.fileno()] if watched else [])]
             if means.listening is not None:
                 waiting.append(means.listening.socket.fileno())
-            ready, _, _ = select.select(waiting, [], [])
+            ready, _, _ = select.select(waiting, [], [], _LOOK_SECONDS)
             if pidfd in ready:
                 return server, server.wait()
+            if not ready:
+                dead = _is_dead(server.pid)
+                if dead and was_dead:
+                    return server, -signal.SIGKILL
+                was_dead = dead
+                continue
             if watched and daemon.fileno() in ready:
                 watched = daemon.readable()
             elif means.listening is not None:
                 running.answer_one(means.listening.socket, lambda: _about(means), upgrade, daemon.adopt)
     finally:
         os.close(pidfd)
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether no more is left of it than threads that the kernel does not let go: until a page's READ is answered, perhaps.
+
+    Only a successor can do that.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def _about(means: _Means) -> Answer:
