@@ -14,20 +14,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from veneer.cache.index import Index
 from veneer.formats import bundle
 from veneer.formats.cache_info import CacheInfo
 from veneer.formats.narinfo import parse_narinfo, write_narinfo
+from veneer.model.errors import SourceError
 from veneer.model.path_info import UnverifiedPathInfo
-from veneer.model.tasks import tell_bugs
+from veneer.model.tasks import is_cancelled, tell_bugs
 from veneer.sources.base import Meter, Source, unmetered
 from veneer.sources.opening import Tell, unheard
 
 from .bundled import BundledPath, Bundles
 from .expected import Expected
+
+T = TypeVar("T")
 
 PARSED_KEPT = 4096
 """Parsed narinfos held in memory; the rest is in the index."""
@@ -160,14 +164,14 @@ class RememberedSource:
             await asyncio.wait({task, under_way}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and isinstance(known := self.recall(hash_part), UnverifiedPathInfo):
                 return known
-        return await asyncio.shield(task)
+        return await self._answered(asyncio.shield(task))
 
     async def listing(self, hash_part: str, meter: Meter = unmetered) -> bytes | None:
         kept = self._bundles.take(hash_part, bundle.LISTING)
         if kept is not None:
             return kept
         expected = self._expected.take(hash_part, bundle.LISTING)
-        return await (expected or self._inner.listing(hash_part, meter))
+        return await self._answered(expected or self._inner.listing(hash_part, meter))
 
     def nar(self, info: UnverifiedPathInfo, meter: Meter = unmetered) -> AsyncGenerator[bytes, None]:
         return self._inner.nar(info, meter)
@@ -182,7 +186,7 @@ class RememberedSource:
         if kept is not None and len(kept) <= limit:
             return kept
         expected = self._expected.take(hash_part, suffix)
-        return await (expected or self._inner.sidecar(hash_part, suffix, limit, meter))
+        return await self._answered(expected or self._inner.sidecar(hash_part, suffix, limit, meter))
 
     async def close(self) -> None:
         await self._bundles.close()
@@ -191,6 +195,17 @@ class RememberedSource:
             task.cancel()
         await asyncio.gather(*self._open.values(), return_exceptions=True)
         await self._inner.close()
+
+    async def _answered(self, answer: Awaitable[T]) -> T:
+        """SourceError where the view was closed meanwhile: whoever waits was not cancelled, and may be of another view."""
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            raise SourceError(
+                "given up: nobody is connected any more who uses this source", where=self.url
+            ) from None
 
     async def _ask(self, hash_part: str, meter: Meter) -> UnverifiedPathInfo | None:
         info = await self._inner.path_info(hash_part, meter)
