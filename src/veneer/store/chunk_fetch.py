@@ -242,7 +242,8 @@ class ChunkFetcher:
                     async with self._wanted:
                         request.begun = True
                         for group in _runs(left):
-                            await self._fetch(source, part, group, account, urgent=True)
+                            async with self._memory.hold(_needed(part, group), urgent=True):
+                                await self._fetch(source, part, group, account)
                 finally:
                     self._demands -= 1
                     if not self._demands:
@@ -250,10 +251,13 @@ class ChunkFetcher:
                 return
             async with self._unasked:
                 await self._let_readers_go_first()
-                request.begun = True
-                mine = [at for at in ordinals if part.fetching.get(at) is request]
-                for group in _runs(await self._without_copies(part, mine)):
-                    await self._fetch(source, part, group, account, urgent=False)
+                async with self._memory.hold(_needed(part, ordinals), urgent=False):
+                    request.begun = (
+                        True  # not before: readers would wait for room that they need not wait for
+                    )
+                    mine = [at for at in ordinals if part.fetching.get(at) is request]
+                    for group in _runs(await self._without_copies(part, mine)):
+                        await self._fetch(source, part, group, account)
         finally:
             for at in ordinals:
                 if part.fetching.get(at) is request:
@@ -278,18 +282,9 @@ class ChunkFetcher:
         except TimeoutError:
             return
 
-    async def _fetch(
-        self, source: Source, part: Part, ordinals: list[int], account: Account, *, urgent: bool
-    ) -> None:
+    async def _fetch(self, source: Source, part: Part, ordinals: list[int], account: Account) -> None:
         if part.closed:
             return  # whoever waits for it sees that
-        chunks = [part.nar.chunks[at] for at in ordinals]
-        # All of them as they come, one as it is decoded.
-        size = sum(chunk.compressed_size for chunk in chunks) + max(chunk.size for chunk in chunks)
-        async with self._memory.hold(size, urgent=urgent):
-            await self._fetch_now(source, part, ordinals, account)
-
-    async def _fetch_now(self, source: Source, part: Part, ordinals: list[int], account: Account) -> None:
         first, last = part.nar.chunks[ordinals[0]], part.nar.chunks[ordinals[-1]]
         start = first.compressed_offset
         size = last.compressed_offset + last.compressed_size - start
@@ -414,6 +409,12 @@ class ChunkFetcher:
     def shared(self, part: Part) -> int:
         """Bytes of the NAR that others may hold."""
         return sum(part.nar.chunks[at].size for at in self._maps.elsewhere(part.row.number))
+
+
+def _needed(part: Part, ordinals: list[int]) -> int:
+    """Bytes in memory: all of them as they come, one as it is decoded."""
+    chunks = [part.nar.chunks[at] for at in ordinals]
+    return sum(chunk.compressed_size for chunk in chunks) + max(chunk.size for chunk in chunks)
 
 
 def _runs(ordinals: list[int]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.caches import read_ready
+from tests.support.callers import eventually
 from tests.support.damage import flip
 from tests.support.published_cache import FRAME, PublishedCache
 from tests.support.signed_cache import MadePath, SignedCache, make_path
@@ -95,6 +96,24 @@ def test_a_reader_that_goes_on_is_served_ahead_in_big_requests(
         for offset in range(0, len(big.nar) - 16_384, 16_384):
             assert await bench.read(view, row, offset, 16_384) == big.nar[offset : offset + 16_384]
         assert bench.account.requests - before < len(big.nar) / FRAME / 3
+
+    run(tmp_path, body)
+
+
+def test_a_reader_asks_himself_for_what_waits_for_room_in_memory(
+    tmp_path: Path, cache: PublishedCache, big: MadePath
+) -> None:
+    """While readers hold more than half of it, nothing in the background begins."""
+
+    async def body(bench: Bench) -> None:
+        view, row = await bench.opened(cache, big)
+        memory = bench.store.parts._fetch._memory
+        load = bench.store.load(view, big.path, [(1_000_000, 5000)], bench.account)
+        async with asyncio.timeout(20), memory.hold(memory._limit // 2 + 1, urgent=True):
+            loading = asyncio.create_task(load)
+            await asyncio.to_thread(eventually, lambda: memory._waiting[False])
+            assert await bench.read(view, row, 1_000_000, 5000) == big.nar[1_000_000:1_005_000]
+        await loading
 
     run(tmp_path, body)
 
