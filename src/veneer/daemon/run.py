@@ -74,9 +74,8 @@ class DaemonSettings:
 def run_daemon(settings: DaemonSettings) -> bool:
     """Serve until told to stop. False: another daemon serves this cache already (``private`` only)."""
     root = settings.cache_root
-    signal.pthread_sigmask(
-        signal.SIG_SETMASK, ()
-    )  # ``run``, which may have started us, has those blocked that end us
+    # ``run``, which may have started us, has those blocked that end us.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     allow_many_files()
     keep_small()
     directory.prepare(root, shared=settings.shared)

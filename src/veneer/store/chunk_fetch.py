@@ -252,9 +252,8 @@ class ChunkFetcher:
             async with self._unasked:
                 await self._let_readers_go_first()
                 async with self._memory.hold(_needed(part, ordinals), urgent=False):
-                    request.begun = (
-                        True  # not before: readers would wait for room that they need not wait for
-                    )
+                    # Not before: readers would wait for room that they need not wait for.
+                    request.begun = True
                     mine = [at for at in ordinals if part.fetching.get(at) is request]
                     for group in _runs(await self._without_copies(part, mine)):
                         await self._fetch(source, part, group, account)
