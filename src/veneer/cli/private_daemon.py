@@ -49,6 +49,17 @@ class PrivateDaemon:
     log: Path
     log_start: int
 
+    def end(self) -> DaemonError | None:
+        """Leave it, and wait until it has ended: ``failure``. One that does not end is killed: None, and its status tells."""
+        self.client.close()
+        try:
+            self.process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return None
+        return self.failure()
+
     def failure(self) -> DaemonError | None:
         """Why it ended, when it ended with an error."""
         status = self.process.poll()
@@ -300,9 +311,7 @@ def open_client(settings: Settings, session: str = "") -> Client:
             daemon.client.greet(START_SECONDS)
         except DaemonError as lost:
             # Either it failed and says why, or it gave way to a rival, to which the next attempt connects.
-            daemon.client.close()
-            daemon.process.wait(START_SECONDS)
-            error = daemon.failure() or lost
+            error = daemon.end() or lost
             if daemon.process.returncode:
                 raise error from lost
         else:

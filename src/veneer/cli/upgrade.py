@@ -175,12 +175,11 @@ def _prove(settings: Settings) -> None:
         daemon = start(replace(settings, cache_dir=Path(empty) / "cache"))
         try:
             daemon.client.greet(START_SECONDS)
-        except DaemonError as error:
-            daemon.process.wait(START_SECONDS)
-            raise daemon.failure() or error from error
-        finally:
-            daemon.client.close()
-            daemon.process.wait(START_SECONDS)
+        except DaemonError as lost:
+            raise daemon.end() or lost from lost
+        failure = daemon.end()
+        if daemon.process.returncode:
+            raise failure or DaemonError("the store daemon does not end after its last client has left")
 
 
 def _schema(cache_dir: Path) -> int:
