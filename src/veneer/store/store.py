@@ -284,7 +284,7 @@ class Store:
     @property
     def owners(self) -> set[str]:
         """Identities of the views whose sources are read from."""
-        return self.fetcher.owners | self.parts.owners | self._libraries.owners
+        return self.fetcher.owners | self.parts.owners | self._libraries.owners | self._trees.owners
 
     @property
     def moved(self) -> int:

@@ -68,7 +68,14 @@ class PublishedTrees:
         self._big = BigListings(cache.generation)
         self._open: dict[tuple[int, str], asyncio.Task[bool]] = {}
         """By path number and what is tried."""
+        self._owners: dict[tuple[int, str], str] = {}
+        """Identities of the views whose sources those ask."""
         self._heads = asyncio.Semaphore(HEADS)
+
+    @property
+    def owners(self) -> set[str]:
+        """Identities of the views whose sources are asked."""
+        return set(self._owners.values())
 
     async def close(self) -> None:
         """End everything under way."""
@@ -138,6 +145,7 @@ class PublishedTrees:
         if task is None:
             task = asyncio.create_task(work(view, row, account), name=f"tree {row.store_path} of {what}")
             self._open[key] = task
+            self._owners[key] = view.identity
             task.add_done_callback(lambda done: self._closed(key, done))
         return await asyncio.shield(task)
 
@@ -241,7 +249,7 @@ class PublishedTrees:
                     yield candidate
 
     def _closed(self, key: tuple[int, str], task: asyncio.Task[bool]) -> None:
-        del self._open[key]
+        del self._open[key], self._owners[key]
         if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, Exception):
             self._stories.add(f"tree {key[0]:x}", error)
 

@@ -265,10 +265,13 @@ def test_an_ordinary_lookup_beside_it_gets_the_tree_and_the_head_comes_too_late(
         held = Held(view)
         first = asyncio.create_task(bench.store.lookup(view, directory.path, bench.account, root_only=True))
         await held.asked.get()
+        assert bench.store.owners == {view.identity}
         second = await bench.store.lookup(view, directory.path, Account())
         assert second.tree is TreeState.CHECKED
         held.go.set()
         assert await first == second
+        await asyncio.sleep(0)
+        assert bench.store.owners == set()
         assert not bench.cache.index.is_directory(second.number)
 
     run(tmp_path, body)
