@@ -109,7 +109,9 @@ class PublishedTrees:
             if agrees:
                 trees.publish(row.number, [encoded], TreeState.CHECKED)
         if not agrees:
-            error = HashMismatchError(f"what was told of {row.store_path} differs from its verified NAR")
+            error = HashMismatchError(
+                f"the listing of {row.store_path}, or a NAR's head in its place, differs from its verified NAR"
+            )
             now = self._clock()
             index.quarantine(row.number, error.story(), LISTINGS, now + LISTINGS_SECONDS, now)
             row = self._condemn(row, error)
