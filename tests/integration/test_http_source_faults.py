@@ -185,31 +185,27 @@ def test_a_drip_is_given_up() -> None:
         assert "per second" in ask_error(server.url, nar(), options).what
 
 
-def test_a_head_that_drips_is_given_up_by_the_plain_client() -> None:
+@pytest.mark.parametrize(
+    ("begun", "drip", "question"),
+    [
+        (b"Content-Type: ", b"x", nar(entry(5, url="nar/5.nar?hash=abc"))),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"0", path_info),
+    ],
+    ids=["head", "size-of-a-chunk"],
+)
+def test_what_drips_before_the_body_is_given_up_by_the_plain_client(
+    begun: bytes, drip: bytes, question: Callable[[ObjectStoreSource], Awaitable[object]]
+) -> None:
     server: RawServer
 
     def answer(request: Request) -> Iterator[bytes]:
-        yield b"HTTP/1.1 200 OK\r\nContent-Type: "
+        yield b"HTTP/1.1 200 OK\r\n" + begun
         while not server.ended.wait(0.1):
-            yield b"x"
-
-    options = SourceOptions(connect_seconds=2, stall_seconds=0.4, tries=2, backoff_seconds=0.01)
-    dynamic = entry(5, url="nar/5.nar?hash=abc")
-    with RawServer(answer) as server:
-        assert "no data for 0.4 s" in ask_error(server.url, nar(dynamic), options).what
-
-
-def test_chunks_whose_sizes_drip_are_given_up() -> None:
-    server: RawServer
-
-    def answer(request: Request) -> Iterator[bytes]:
-        yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-        while not server.ended.wait(0.1):
-            yield b"0"
+            yield drip
 
     options = SourceOptions(connect_seconds=0.2, stall_seconds=0.4, tries=2, backoff_seconds=0.01)
     with RawServer(answer) as server:
-        assert "0.4 s" in ask_error(server.url, path_info, options).what
+        assert "no data for 0.4 s" in ask_error(server.url, question, options).what
 
 
 def test_what_is_not_http_is_told() -> None:

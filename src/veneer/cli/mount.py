@@ -146,7 +146,7 @@ def _wait(
     means: _Means, server: subprocess.Popen[bytes], daemon: Companion
 ) -> tuple[subprocess.Popen[bytes], int]:
     """The server that ended, or was killed and cannot end, and its status. A daemon that dies meanwhile has a successor."""
-    from veneer.environment import running
+    from veneer.environment import running, takeover
 
     pidfd = os.pidfd_open(server.pid)
 
@@ -168,7 +168,7 @@ def _wait(
             if pidfd in ready:
                 return server, server.wait()
             if not ready:
-                dead = _is_dead(server.pid)
+                dead = takeover.has_ended(server.pid)
                 if dead and was_dead:
                     return server, -signal.SIGKILL
                 was_dead = dead
@@ -179,18 +179,6 @@ def _wait(
                 running.answer_one(means.listening.socket, lambda: _about(means), upgrade, daemon.adopt)
     finally:
         os.close(pidfd)
-
-
-def _is_dead(pid: int) -> bool:
-    """Whether no more is left of it than threads that the kernel does not let go: until a page's READ is answered, perhaps.
-
-    Only a successor can do that.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def _about(means: _Means) -> Answer:

@@ -28,7 +28,6 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 from veneer.environment import machine, namespace, running, serving, syscalls, takeover
@@ -417,7 +416,7 @@ class Servers:
 
         Only a successor can do that: so it comes before the end of the dead one.
         """
-        dead = self._pid != 0 and self._fuse_fd >= 0 and _has_ended(self._pid)
+        dead = self._pid != 0 and self._fuse_fd >= 0 and takeover.has_ended(self._pid, "veneer-mount")
         if dead and self._was_dead:
             self._lingering[self._pidfd] = self._pid
             self._pid, self._pidfd = 0, -1
@@ -434,12 +433,3 @@ def _ends(pidfd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(1000 * seconds))
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether the process's main thread is gone. False where /proc does not show it."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return False
-    return "(veneer-mount)" in stat and stat.rpartition(")")[2].split()[0] == "Z"

@@ -79,7 +79,8 @@ def end(root: Path, name: str, *, keep: bool, kill: bool) -> tuple[bool, bool]:
     while (layer := upper.try_named(root, name)) is None:
         ended = end_once(directory, ended, kill=kill) or ended
         if time.monotonic() > deadline:
-            upper.take_named(root, name)  # says who holds it
+            layer = upper.take_named(root, name)  # or says who holds it
+            break
         time.sleep(_PAUSE)
     if keep:
         layer.release()

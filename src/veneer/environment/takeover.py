@@ -19,6 +19,7 @@ import select
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from veneer.environment.serving import Content
@@ -173,6 +174,18 @@ def answers(path: str, server: int, seconds: float = ANSWER_SECONDS) -> bool:
     answered = told in ready and os.read(told, 1) == _ANSWERED
     os.close(told)
     return answered and server not in ready
+
+
+def has_ended(pid: int, name: str = "") -> bool:
+    """Whether no more is left of a server than threads that the kernel does not let go, until a page's READ is answered perhaps.
+
+    Only a successor can do that. False where /proc does not show it, or shows something that is not called ``name``.
+    """
+    try:
+        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+    except OSError:
+        return False
+    return after.split()[0] == "Z" and (not name or before.endswith(f"({name}"))
 
 
 def _ask(path: str, teller: int) -> NoReturn:

@@ -90,7 +90,12 @@ def _cut_file(descriptor: int, ends: Iterable[int]) -> Iterator[bytes]:
     """Fewer bytes where the file ends before."""
     start = 0
     for end in ends:
-        yield os.pread(descriptor, end - start, start)
+        part = os.pread(descriptor, end - start, start)
+        while len(part) < end - start and (
+            more := os.pread(descriptor, end - start - len(part), start + len(part))
+        ):
+            part += more  # some file systems give less than was asked for
+        yield part
         start = end
 
 

@@ -181,9 +181,10 @@ class PublishedTrees:
                 try:
                     async with self._heads:
                         root = await root_of_head(source, candidate.info.info, account.meter(row.store_path))
-                    if isinstance(root, Directory) and not self.has(self._row(row.number)):
-                        self._cache.index.put_directory(self._row(row.number).number)
-                    elif root is not None and not isinstance(root, Directory):
+                    if isinstance(root, Directory):
+                        if not self.has(self._row(row.number)):  # else the NAR was faster
+                            self._cache.index.put_directory(row.number)
+                    elif root is not None:
                         self._publish_listed(row, [self.encode(row, root)])
                 except SourceError as error:
                     self._stories.add(str(row.store_path), error)

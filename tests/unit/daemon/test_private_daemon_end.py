@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,18 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.caches import Clock, open_cache
 from tests.support.golden import KEY, PATHS, url
+from tests.support.request_server import hello_frame, serving
 from veneer.cache.cache import Cache
 from veneer.cache.directory import wait_until_free
 from veneer.daemon import run
-from veneer.daemon.compose import build_view
 from veneer.daemon.requests import RequestServer
-from veneer.daemon.sessions import Session, Sessions
-from veneer.formats import request_wire as wire
-from veneer.formats.request_wire import Frame, Kind
-from veneer.store.store import Limits, Notices, Store
-from veneer.store.views import ViewConfig
 
 
 def test_a_cache_that_is_opened_on_another_boot_is_not_read_again(tmp_path: Path) -> None:
@@ -119,8 +112,7 @@ class Greeting:
 
     def say_hello(self) -> None:
         """It arrives within this step of the loop."""
-        body = json.dumps({"version": wire.VERSION, "view": None}).encode()
-        self._reader.feed_data(Frame(Kind.HELLO, 1, body).encode())
+        self._reader.feed_data(hello_frame().encode())
 
     def close(self) -> None:
         self._writer.close()
@@ -131,17 +123,9 @@ class Greeting:
 def test_a_client_that_comes_with_the_end_is_let_go(tmp_path: Path, when: str) -> None:
     """Else the daemon would wait for it, and it for a daemon on whose socket nobody else can connect any more."""
 
-    async def no_control(session: Session, request: dict[str, object], progress: object) -> dict[str, object]:
-        raise NotImplementedError
-
     async def main() -> None:
-        clock = Clock()
-        with open_cache(tmp_path / "cache", clock) as cache:
-            sessions = Sessions(lambda config: build_view(config, cache, clock))
-            notices = Notices(sessions.dropped, sessions.condemned, sessions.present)
-            store = Store(cache, clock, notices, Limits())
-            server = RequestServer(store, sessions, no_control, ViewConfig(), lambda _: None)
-            greeting = Greeting(server, tmp_path / "socket")
+        async with serving(tmp_path) as served:
+            server, greeting = served.server, Greeting(served.server, served.path)
             try:
                 if when == "unheard":
                     await server.close()
@@ -158,7 +142,5 @@ def test_a_client_that_comes_with_the_end_is_let_go(tmp_path: Path, when: str) -
                 assert await greeting.client.read() == b""
             finally:
                 greeting.close()
-                await store.close()
-                await sessions.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))

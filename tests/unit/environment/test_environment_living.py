@@ -135,3 +135,14 @@ def test_what_is_not_an_environment_is_refused(tmp_path: Path) -> None:
         named.diff(tmp_path, "dev")
     with pytest.raises(UsageError, match="not a name"):
         named.end(tmp_path, "../dev", keep=False, kill=False)
+
+
+def test_a_name_that_becomes_free_at_the_deadline_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper.take_named(tmp_path, "work").release()
+    real, busy = upper.try_named, [None]
+    monkeypatch.setattr(named, "_END_SECONDS", -1.0)
+    monkeypatch.setattr(upper, "try_named", lambda *which: busy.pop() if busy else real(*which))
+    assert named.end(tmp_path, "work", keep=True, kill=False) == (False, False)
+    assert not upper.is_used(tmp_path, "work")

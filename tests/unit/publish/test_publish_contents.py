@@ -55,6 +55,14 @@ def test_a_nar_file_that_is_cut_or_goes_on_is_none(size: int) -> None:
         pass
 
 
+def test_a_file_system_may_give_less_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, real = nar(300_000, 7), os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 70_001), offset))
+    with nar_file(opened(data)) as (tree, read):
+        assert tree == tree_of_nar([data])
+        assert list(read([200_000, len(data)])) == [data[:200_000], data[200_000:]]
+
+
 def test_content_is_not_read_for_the_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "nar"
     file.write_bytes(nar(20 << 20, 20 << 20))
